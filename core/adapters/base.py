@@ -99,14 +99,15 @@ class Algorithm(ABC):
     def delta(self, weight: Tensor) -> Tensor:
         """dW at strength 1, float32, in the shape and on the device of ``weight``."""
 
-    def bypass(self, x: Tensor, op: Op) -> Tensor:
+    def bypass(self, x: Tensor, op: Op, weight: Tensor) -> Tensor:
         """h(x) with f(x) + h(x) = op(x, W + dW); overridden where no dense dW is needed.
 
         Args:
             x: input of the layer, ``(..., in)`` or ``(b, in, *spatial)``.
             op: the layer without its weight.
+            weight: W, (out, in, *k); may be quantised, most algorithms only read its shape.
         """
-        raise NotImplementedError
+        return op(x, self.delta(weight).to(x.dtype))
 
     def state(self) -> dict[str, Tensor]:
         """Suffix -> tensor as a file holds it, ``alpha`` included."""
