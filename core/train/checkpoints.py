@@ -1,0 +1,48 @@
+"""The adapter files of a run: one per saved step, named so that they sort and tell the step."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """A training run on disk.
+
+    Attributes:
+        name: of the run.
+        folder: of its resumable state.
+        adapters: folder of its adapter files.
+    """
+
+    name: str
+    folder: Path
+    adapters: Path
+
+    @property
+    def state(self) -> Path:
+        """The resumable state."""
+        return self.folder / "state.safetensors"
+
+    def checkpoint(self, step: int) -> Path:
+        """Adapter file of ``step``."""
+        return self.adapters / f"{self.name}-step{step:08}.safetensors"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, file) of every adapter file there is, by step."""
+        pattern = re.compile(re.escape(self.name) + r"-step(\d{8})\.safetensors")
+        found = ((pattern.fullmatch(p.name), p) for p in self.adapters.glob("*.safetensors"))
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the last ``keep`` adapter files; 0 keeps all."""
+        for _, path in self.checkpoints()[:-keep] if keep else []:
+            path.unlink()
+
+    def clear(self) -> None:
+        """Delete state and adapter files, so that the run can start anew."""
+        for _, path in self.checkpoints():
+            path.unlink()
+        self.state.unlink(missing_ok=True)

@@ -1,0 +1,250 @@
+"""Training data: cached latents with their conditioning, in memory and on disk.
+
+A dataset on disk is a folder of two files. ``data.safetensors`` holds tensors,
+``dataset.json`` says what they are::
+
+    {"format": "adapter-lab-dataset", "version": 1, "items": [
+        {"caption": "a red star", "weight": 1.0, "latent": "0.latent", "mask": null,
+         "cond": "0.cond", "extra": {"pooled_output": {"$tensor": "0.pooled_output"}}}]}
+
+Tensors are referred to by name, so that items may share them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import AdapterLabError
+from ..files import Adapter, read_adapter, write_adapter
+from .random import permutation
+
+FORMAT, VERSION = "adapter-lab-dataset", 1
+_JSON, _DATA, _REF = "dataset.json", "data.safetensors", "$tensor"
+
+
+@dataclass(frozen=True)
+class TrainItem:
+    """One picture or clip with its conditioning.
+
+    Args:
+        latent: (c, h, w) or (c, t, h, w), as the VAE gives it, before the model's latent format.
+        cond: (tokens, dim) text conditioning, None for models without.
+        extra: what else the conditioning holds: tensors without batch axis, numbers, strings.
+        mask: (h, w) in [0, 1] at any size, the weight of each place in the loss.
+        weight: weight of the item in the loss.
+    """
+
+    latent: Tensor
+    cond: Tensor | None
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    caption: str = ""
+    mask: Tensor | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.latent.ndim not in (3, 4) or self.latent.numel() == 0:
+            raise AdapterLabError(
+                "A latent has an unusable shape",
+                found=str(tuple(self.latent.shape)),
+                expected="(channels, height, width) or (channels, frames, height, width)",
+            )
+        if not bool(torch.isfinite(self.latent).all()):
+            raise AdapterLabError("A latent holds NaN or infinite values", fix="Encode it again")
+
+
+class TrainDataset(Sequence[TrainItem]):
+    """A non-empty list of items with the batches an epoch is made of."""
+
+    def __init__(self, items: Sequence[TrainItem], name: str = "") -> None:
+        if not items:
+            raise AdapterLabError(
+                "The dataset is empty",
+                found="0 items",
+                expected="at least one latent",
+                fix="Connect encoded images to 'latents'",
+            )
+        self.items, self.name = list(items), name
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[TrainItem]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def buckets(self) -> dict[tuple[int, ...], list[int]]:
+        """Latent shape -> indices of the items that have it."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for i, item in enumerate(self.items):
+            found.setdefault(tuple(item.latent.shape), []).append(i)
+        return found
+
+    def batch(self, number: int, batch_size: int, seed: int) -> list[int]:
+        """Items of the ``number``-th batch since the start: a pure function of its arguments.
+
+        Every epoch visits each item once, in shuffled batches of one latent shape. A bucket that
+        ``batch_size`` does not divide is cut into batches of nearly equal size, so that no item
+        has a step to itself.
+        """
+        buckets = list(self.buckets.values())
+        parts = [math.ceil(len(bucket) / batch_size) for bucket in buckets]
+        epoch, position = divmod(number, sum(parts))
+        batches: list[list[int]] = []
+        for i, (bucket, count) in enumerate(zip(buckets, parts, strict=True)):
+            order = permutation(seed, "items", len(bucket), epoch, i)
+            batches += [[bucket[int(j)] for j in p] for p in np.array_split(order, count)]
+        return batches[permutation(seed, "batches", len(batches), epoch)[position]]
+
+    def to_text(self) -> str:
+        """What is in it, a line per latent shape."""
+        captions = len({item.caption for item in self.items})
+        masks = sum(item.mask is not None for item in self.items)
+        lines = [f"{len(self)} items, {captions} different captions, {masks} masks"]
+        for shape, members in self.buckets.items():
+            lines.append(f"  {len(members)} x latent {' x '.join(map(str, shape))}")
+        return "\n".join(lines)
+
+
+def save_dataset(folder: Path, dataset: TrainDataset) -> None:
+    """Write ``dataset`` as the new ``folder``, which appears whole or not at all.
+
+    Raises:
+        AdapterLabError: the folder exists with other content, or a conditioning holds something
+            that is neither tensor, number nor text.
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+
+    def store(tensor: Tensor, name: str) -> str:
+        # The same tensor of several items is stored once.
+        known = names.setdefault(id(tensor), name)
+        tensors.setdefault(known, tensor)
+        return known
+
+    def encode(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            return {_REF: store(value, name)}
+        if isinstance(value, dict):
+            pairs = cast(dict[str, Any], value).items()
+            return {k: encode(v, f"{name}.{k}") for k, v in pairs}
+        if isinstance(value, (list, tuple)):
+            return [encode(v, f"{name}.{i}") for i, v in enumerate(cast(list[Any], value))]
+        if value is None or isinstance(value, (str, int, float, bool)):
+            return value
+        raise AdapterLabError(
+            f"The conditioning entry '{name}' cannot be stored",
+            found=type(value).__name__,
+            expected="tensors, numbers and text",
+            fix="Train on conditioning without ControlNet, hooks or masks",
+        )
+
+    rows = [
+        {
+            "caption": item.caption,
+            "weight": item.weight,
+            "latent": store(item.latent, f"{i}.latent"),
+            "mask": None if item.mask is None else store(item.mask, f"{i}.mask"),
+            "cond": None if item.cond is None else store(item.cond, f"{i}.cond"),
+            "extra": {k: encode(v, f"{i}.{k}") for k, v in item.extra.items()},
+        }
+        for i, item in enumerate(dataset)
+    ]
+    listing = json.dumps({"format": FORMAT, "version": VERSION, "items": rows}, indent=1)
+    if folder.exists():
+        _require_same(folder, listing, tensors)
+        return
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        write_adapter(staging / _DATA, Adapter(tensors))
+        (staging / _JSON).write_text(listing, encoding="utf-8")
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _require_same(folder: Path, listing: str, tensors: Mapping[str, Tensor]) -> None:
+    """Running a graph again is fine, replacing somebody's dataset is not."""
+    stored = read_adapter(folder / _DATA) if (folder / _DATA).exists() else {}
+    same = (folder / _JSON).exists() and (folder / _JSON).read_text(encoding="utf-8") == listing
+    if not same or any(n not in stored or not torch.equal(t, stored[n]) for n, t in tensors.items()):
+        raise AdapterLabError(
+            f"A dataset '{folder.name}' with other content exists already",
+            fix="Choose another name, or delete its folder",
+        )
+
+
+def load_dataset(folder: Path) -> TrainDataset:
+    """Read what :func:`save_dataset` wrote.
+
+    Raises:
+        AdapterLabError: files missing, of another format, or naming tensors that are not there.
+    """
+    listing = _read_listing(folder / _JSON)
+    tensors = read_adapter(folder / _DATA)
+
+    def tensor(name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        if name not in tensors:
+            raise AdapterLabError(
+                f"The dataset '{folder.name}' is damaged", found=f"no tensor '{name}' in {_DATA}"
+            )
+        return tensors[name]
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, dict):
+            table = cast(dict[str, Any], value)
+            if set(table) == {_REF}:
+                return tensor(table[_REF])
+            return {k: decode(v) for k, v in table.items()}
+        return [decode(v) for v in cast(list[Any], value)] if isinstance(value, list) else value
+
+    try:
+        items = [
+            TrainItem(
+                latent=cast(Tensor, tensor(row["latent"])),
+                cond=tensor(row["cond"]),
+                extra=decode(row["extra"]),
+                caption=row["caption"],
+                mask=tensor(row["mask"]),
+                weight=float(row["weight"]),
+            )
+            for row in listing["items"]
+        ]
+    except (KeyError, TypeError, ValueError) as err:
+        raise AdapterLabError(
+            f"The dataset '{folder.name}' is damaged", found=f"{_JSON} without or with a bad {err}"
+        ) from err
+    return TrainDataset(items, folder.name)
+
+
+def _read_listing(path: Path) -> dict[str, Any]:
+    try:
+        listing = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterLabError(f"There is no dataset '{path.parent.name}'") from None
+    except ValueError as err:
+        raise AdapterLabError(
+            f"{path.name} of '{path.parent.name}' is not JSON", found=str(err)
+        ) from err
+    known = {"format": FORMAT, "version": VERSION}
+    if not isinstance(listing, dict) or not known.items() <= cast(dict[str, Any], listing).items():
+        raise AdapterLabError(
+            f"'{path.parent.name}' is not a dataset of this version",
+            expected=f'"format": "{FORMAT}", "version": {VERSION}',
+        )
+    return cast(dict[str, Any], listing)

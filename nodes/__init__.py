@@ -1,0 +1,19 @@
+"""The nodes: thin classes over ``host`` and ``core``."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import dataset, inspect, load, save, train
+from .host import paths
+
+
+class AdapterLabExtension(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def on_load(self) -> None:
+        paths.register_demo_models()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        modules = (load, inspect, save, dataset, train)
+        return [node for module in modules for node in module.NODES]

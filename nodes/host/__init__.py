@@ -1,0 +1,1 @@
+"""The only code that touches ``comfy.*``: everything host-specific behind plain functions."""

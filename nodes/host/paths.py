@@ -1,0 +1,112 @@
+"""Where files live, in ComfyUI's own folders."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import folder_paths
+
+from ...core.errors import AdapterLabError
+
+DEMO = Path(__file__).resolve().parents[2] / "workflows" / "demo"
+_DEMO_MODELS = ("diffusion_models", "vae")
+# What Windows, Linux and macOS refuse in a file name, and what would leave the folder.
+_FORBIDDEN = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
+
+
+def register_demo_models() -> None:
+    """Make the shipped demo model selectable, so that the shipped workflows run as they are."""
+    for kind in _DEMO_MODELS:
+        if (DEMO / kind).is_dir():
+            folder_paths.add_model_folder_path(kind, str(DEMO / kind))
+
+
+def output(*parts: str) -> Path:
+    """A path below ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory()).joinpath(*parts)
+
+
+def adapters() -> list[str]:
+    """Adapter files a loader can choose from."""
+    return folder_paths.get_filename_list("loras")
+
+
+def adapter_path(name: str) -> str:
+    """Full path of a listed adapter file.
+
+    Raises:
+        AdapterLabError: it is gone.
+    """
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise AdapterLabError(
+            f"There is no adapter file '{name}'",
+            expected="a file in models/loras or output/loras",
+            fix="Refresh the node definitions (R) and choose again",
+        )
+    return path
+
+
+def checked_name(name: str, what: str) -> str:
+    """``name`` if it can name a folder of ours.
+
+    Raises:
+        AdapterLabError: empty, or it would leave its folder or is no file name somewhere.
+    """
+    stripped = name.strip()
+    if not stripped or _FORBIDDEN.search(stripped) or stripped.startswith(".") or stripped.endswith("."):
+        raise AdapterLabError(
+            f"The {what} '{name}' cannot name a folder",
+            expected="letters, digits, spaces, '-', '_' and inner dots, no path",
+            fix=f"Change the {what}",
+        )
+    return stripped
+
+
+def run_folder(name: str) -> Path:
+    """Folder of a training run."""
+    return output("adapter_lab", "runs", checked_name(name, "run name"))
+
+
+def run_adapters(name: str) -> Path:
+    """Folder of the adapter files that a training run writes."""
+    return output("loras", checked_name(name, "run name"))
+
+
+def dataset_folder(name: str) -> Path:
+    """Folder of the user's dataset ``name``, there or not."""
+    return output("adapter_lab", "datasets", checked_name(name, "dataset name"))
+
+
+def find_dataset(name: str) -> Path:
+    """Folder of an existing dataset: the user's, else the demo's."""
+    own = dataset_folder(name)
+    demo = DEMO / "datasets" / own.name
+    return demo if demo.is_dir() and not own.is_dir() else own
+
+
+def datasets() -> list[str]:
+    """Datasets on disk, the user's first."""
+    roots = (output("adapter_lab", "datasets"), DEMO / "datasets")
+    found = [sorted(p.parent.name for p in root.glob("*/dataset.json")) for root in roots]
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def numbered(prefix: str, root: str, suffix: str = ".safetensors") -> Path:
+    """A new file ``<output>/<root>/<prefix>_00001_<suffix>``; the number counts up.
+
+    Raises:
+        AdapterLabError: the prefix leads out of the folder.
+    """
+    base = output(root)
+    target = Path(f"{base}/{prefix}").resolve()
+    if not prefix.strip() or prefix.endswith(("/", "\\")) or not target.is_relative_to(base.resolve()):
+        raise AdapterLabError(
+            f"The prefix '{prefix}' does not name a file inside {root}",
+            expected="a name such as 'my_adapter' or 'styles/my_adapter'",
+        )
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(base))
+    while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():
+        counter += 1
+    return path

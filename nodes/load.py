@@ -1,0 +1,175 @@
+"""Load Adapter, Adapter File, Apply Adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..core.files import Adapter, read_adapter
+from ..core.keys import describe
+from .host import model as host
+from .host import paths
+from .types import CATEGORY, STRENGTH, adapter_input, panel, report_output
+
+_CATEGORY = f"{CATEGORY}/load"
+_ALIASES = ["lora", "locon", "loha", "lokr", "lycoris", "load lora", "adapter"]
+
+
+def _model_inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The diffusion model to adapt. It is not changed itself."),
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip="The text encoder, for adapters that hold text encoder weights as well.",
+        ),
+    ]
+
+
+def _strength_inputs() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "strength_model",
+            **STRENGTH,
+            tooltip="m in W + m * delta for the diffusion model. 0 leaves it as it is, negative "
+            "values push the other way.",
+        ),
+        io.Float.Input(
+            "strength_clip", **STRENGTH, tooltip="The same for the text encoder."
+        ),
+        io.Combo.Input(
+            "mode",
+            options=["auto", "merge"],
+            default="auto",
+            tooltip="merge: add the adapter to the weights when the model is loaded, no cost while "
+            "sampling. auto: choose for the model at hand.",
+        ),
+        io.Combo.Input(
+            "on_unmatched",
+            options=["report", "error"],
+            default="report",
+            tooltip="What to do when a part of the file does not fit the model: report it on the "
+            "node and load the rest, or stop. A file of which nothing fits is always an error.",
+        ),
+    ]
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        io.Model.Output(tooltip="The model with the adapter on it."),
+        io.Clip.Output(tooltip="The text encoder with the adapter on it."),
+        report_output(),
+    ]
+
+
+def _apply(
+    model: Any, clip: Any, adapter: Adapter, strength_model: float, strength_clip: float, on: str
+) -> io.NodeOutput:
+    done = host.apply(model, clip, adapter, strength_model, strength_clip, on)
+    text = done.report.to_text()
+    return io.NodeOutput(done.model, done.clip, text, ui=panel(text, done.report.to_dict()))
+
+
+class LoadAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdapterLabLoader",
+            display_name="Load Adapter",
+            category=_CATEGORY,
+            description="Loads an adapter file of any trainer into a model. The key format is "
+            "found by itself; the node shows what matched, what did not and why.",
+            search_aliases=_ALIASES,
+            has_intermediate_output=True,
+            inputs=[
+                *_model_inputs(),
+                io.Combo.Input(
+                    "adapter_name",
+                    options=paths.adapters(),
+                    tooltip="A file in models/loras or output/loras.",
+                ),
+                *_strength_inputs(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        adapter_name: str,
+        strength_model: float,
+        strength_clip: float,
+        mode: str,
+        on_unmatched: str,
+        clip: Any = None,
+    ) -> io.NodeOutput:
+        adapter = read_adapter(paths.adapter_path(adapter_name))
+        return _apply(model, clip, adapter, strength_model, strength_clip, on_unmatched)
+
+
+class AdapterFile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdapterLabFile",
+            display_name="Adapter File",
+            category=_CATEGORY,
+            description="Reads an adapter file for nodes that work on adapters.",
+            search_aliases=_ALIASES,
+            has_intermediate_output=True,
+            inputs=[
+                io.Combo.Input(
+                    "adapter_name",
+                    options=paths.adapters(),
+                    tooltip="A file in models/loras or output/loras.",
+                )
+            ],
+            outputs=[
+                io.LoraModel.Output(display_name="adapter", tooltip="The adapter's tensors."),
+                report_output("Algorithm, rank, key format and architecture of the file."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, adapter_name: str) -> io.NodeOutput:
+        adapter = read_adapter(paths.adapter_path(adapter_name))
+        text = describe(adapter)
+        return io.NodeOutput(adapter, text, ui=panel(text))
+
+
+class ApplyAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdapterLabApply",
+            display_name="Apply Adapter",
+            category=_CATEGORY,
+            description="Applies an adapter of the graph (trained, merged, read) to a model.",
+            search_aliases=_ALIASES,
+            has_intermediate_output=True,
+            inputs=[
+                *_model_inputs(),
+                adapter_input("The adapter: from training, a file or another adapter node."),
+                *_strength_inputs(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        adapter: dict[str, Any],
+        strength_model: float,
+        strength_clip: float,
+        mode: str,
+        on_unmatched: str,
+        clip: Any = None,
+    ) -> io.NodeOutput:
+        own = Adapter.of(adapter)
+        return _apply(model, clip, own, strength_model, strength_clip, on_unmatched)
+
+
+NODES = [LoadAdapter, AdapterFile, ApplyAdapter]

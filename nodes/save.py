@@ -1,0 +1,91 @@
+"""Save Adapter."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..core.errors import AdapterLabError
+from ..core.files import Adapter, write_adapter
+from ..core.keys import convert
+from .host import paths
+from .types import CATEGORY, adapter_input, panel
+
+DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _metadata(text: str) -> dict[str, str]:
+    """JSON object -> safetensors metadata; values that are no text are written as JSON."""
+    try:
+        table: Any = json.loads(text) if text.strip() else {}
+    except ValueError as err:
+        raise AdapterLabError("The metadata is not JSON", found=str(err)) from err
+    if not isinstance(table, dict):
+        raise AdapterLabError("The metadata is no JSON object", expected='{"name": "value"}')
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in table.items()}
+
+
+class SaveAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdapterLabSave",
+            display_name="Save Adapter",
+            category=f"{CATEGORY}/save",
+            description="Writes an adapter to output/loras, where loaders find it.",
+            search_aliases=["save lora", "export lora", "convert lora", "kohya"],
+            is_output_node=True,
+            inputs=[
+                adapter_input("The adapter to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="adapter",
+                    tooltip="File name below output/loras, sub-folders allowed. A number is added; "
+                    "no file is overwritten.",
+                ),
+                io.Combo.Input(
+                    "key_format",
+                    options=["comfyui", "kohya"],
+                    default="comfyui",
+                    tooltip="Spelling of the names in the file. comfyui loads in every ComfyUI, "
+                    "kohya in A1111, Forge and sd-scripts as well.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="keep",
+                    tooltip="Number format of the factors. fp16 and bf16 halve an fp32 file.",
+                ),
+                io.String.Input(
+                    "metadata",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip='More metadata as JSON, such as {"modelspec.author": "me"}. It is added '
+                    "to what the adapter has.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Full path of the file.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        adapter: dict[str, Any],
+        filename_prefix: str,
+        key_format: str,
+        dtype: str,
+        metadata: str = "",
+    ) -> io.NodeOutput:
+        written = convert(Adapter.of(adapter), key_format).cast(DTYPES[dtype])
+        written.metadata.update(_metadata(metadata))
+        path = paths.numbered(filename_prefix, "loras")
+        write_adapter(path, written, overwrite=False)
+        return io.NodeOutput(str(path), ui=panel(f"saved {len(written)} tensors to {path}"))
+
+
+NODES = [SaveAdapter]

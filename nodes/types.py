@@ -1,0 +1,37 @@
+"""Socket types, and inputs and outputs that several nodes share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "adapter lab"
+
+TrainDatasetType = io.Custom("TRAIN_DATASET")
+TrainTargetsType = io.Custom("TRAIN_TARGETS")
+AdapterConfigType = io.Custom("ADAPTER_CONFIG")
+OptimizerConfigType = io.Custom("OPTIMIZER_CONFIG")
+TrainRunType = io.Custom("TRAIN_RUN")
+
+STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+
+
+def adapter_input(tooltip: str) -> io.Input:
+    """A LORA_MODEL socket."""
+    return io.LoraModel.Input("adapter", tooltip=tooltip)
+
+
+def report_output(tooltip: str = "What matched, what did not and why, as text.") -> io.Output:
+    """The STRING output that every reporting node has."""
+    return io.String.Output(display_name="report", tooltip=tooltip)
+
+
+def panel(text: str, data: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """UI output: ``text`` for any client, ``data`` for the panel drawn on the node."""
+    return {"text": [text], "adapter_lab": [{"text": text, **(data or {})}], **more}
+
+
+def lines(text: str) -> tuple[str, ...]:
+    """The non-empty lines of a multi-line text widget."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
