@@ -54,8 +54,8 @@ class Targets:
             excludes += [_compile(p) for p in arch.excludes]
         includes = [_compile(p) for p in self.include]
         if arch is not None and self.preset != "everything":
-            blocks = re.compile("|".join(arch.blocks))
-            pool = [name for name in names if blocks.match(name)]
+            blocks = [_compile(rf"(?:{block})\..+") for block in arch.blocks]
+            pool = [name for name in names if any(b.fullmatch(name) for b in blocks)]
         else:
             pool = names
         chosen = [

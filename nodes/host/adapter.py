@@ -10,7 +10,6 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from ...core.adapters import ALGORITHMS, Algorithm
-from ...core.bake import add_delta
 
 
 class AdapterPatch(WeightAdapterBase):
@@ -47,4 +46,5 @@ class AdapterPatch(WeightAdapterBase):
         for a slice the host ignores what is returned."""
         name, scale, tensors = self.weights
         moved = {suffix: t.to(weight.device, non_blocking=True) for suffix, t in tensors}
-        return add_delta(weight, ALGORITHMS[name](moved, scale), strength, function)
+        delta = ALGORITHMS[name](moved, scale).delta(weight)
+        return weight.add_(function(delta), alpha=strength)

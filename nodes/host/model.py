@@ -11,7 +11,7 @@ import torch.nn as nn
 from ...core.archs import ArchSpec, detect
 from ...core.errors import AdapterLabError
 from ...core.files import Adapter
-from ...core.keys import Entry, Report, resolve
+from ...core.keys import Entry, ModelIndex, Report, resolve
 from .adapter import AdapterPatch
 
 DIFFUSION = "diffusion_model."
@@ -41,7 +41,7 @@ def index(model: Any, clip: Any = None) -> dict[str, tuple[int, ...]]:
 
 def architecture(model: Any) -> ArchSpec | None:
     """The architecture of MODEL, None when it is not in the registry."""
-    return detect(shapes(model.model))
+    return detect(ModelIndex(shapes(model.model)))
 
 
 def apply(
@@ -58,28 +58,23 @@ def apply(
         AdapterLabError: nothing matches, or something does not and ``on_unmatched`` is "error".
     """
     entries, report = resolve(adapter, index(model, clip))
-    if not entries or (report.unmatched and on_unmatched == "error"):
-        raise mismatch(adapter, report)
+    require_fit(report, complete=on_unmatched == "error")
     diffusion = [e for e in entries if e.key.startswith(DIFFUSION)]
     encoder = [e for e in entries if not e.key.startswith(DIFFUSION)]
     patched = _patched(model, diffusion, strength_model)
     return Applied(patched, clip and _patched(clip, encoder, strength_clip), report)
 
 
-def mismatch(adapter: Adapter, report: Report) -> AdapterLabError:
-    """The error for an adapter that does not fit."""
-    if report.matched:
-        return AdapterLabError(
-            f"'{adapter.name}' does not fit completely",
+def require_fit(report: Report, complete: bool) -> None:
+    """Raise where nothing matched or, if ``complete``, where something did not."""
+    if not report.matched:
+        raise report.error()
+    if complete and report.unmatched:
+        raise AdapterLabError(
+            f"'{report.name}' does not fit completely",
             found=report.to_text(),
             fix="Set 'on_unmatched' to report to load the rest",
         )
-    return AdapterLabError(
-        f"Nothing of '{adapter.name or 'the adapter'}' fits this model",
-        found=f"an adapter for {report.file_architecture or 'an unknown architecture'} "
-        f"({len(report.unmatched)} modules); the model is {report.architecture or 'unknown'}",
-        fix="Load it on the model it was trained for. " + report.to_text(),
-    )
 
 
 def _patched(target: Any, entries: Iterable[Entry], strength: float) -> Any:

@@ -72,6 +72,29 @@ class HostProcess:
         denoised = self.model.apply_model(x_t, sigma, transformer_options=options, **stacked)
         return self._output(denoised, x_t, sigma)
 
+    def check(self, items: Sequence[TrainItem]) -> None:
+        """One forward pass for each kind of conditioning in ``items``.
+
+        Raises:
+            AdapterLabError: the model can't read a conditioning.
+        """
+        kinds = {(item.latent.shape, item.cond is not None and item.cond.shape): item for item in items}
+        for (_, text), item in kinds.items():
+            try:
+                with torch.no_grad():
+                    x0 = self.latents([item])
+                    self.predict(x0, self.sigmas(torch.tensor([0.5])).to(x0), [item])
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, AttributeError) as err:
+                shape = " x ".join(map(str, text)) if text else "no"
+                raise AdapterLabError(
+                    "The model cannot read the dataset's conditioning",
+                    found=f"{shape} text conditioning and {', '.join(item.extra) or 'nothing else'} "
+                    f"(torch says: {err})",
+                    fix="Encode the captions with the text encoder that belongs to this model",
+                ) from err
+
     def _output(self, denoised: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Invert denoised = a(sigma) x_t + b(sigma) output, which holds for eps, v, EDM and flow
         alike; a and b are read off the model's own function."""

@@ -7,6 +7,7 @@ for its lifetime without copying a weight.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...core.adapters import Algorithm
+from ...core.archs import ArchSpec
 from ...core.errors import AdapterLabError
 from ...core.tensors import Op
 from .model import DIFFUSION
@@ -33,6 +35,12 @@ def layers(model: Any) -> dict[str, nn.Module]:
     """
     modules = model.model.diffusion_model.named_modules()
     return {name: module for name, module in modules if _dims(module) is not None}
+
+
+def blocks(model: Any, arch: ArchSpec) -> list[str]:
+    """The repeated blocks of the model, in its order."""
+    names = [name for name, _ in model.model.diffusion_model.named_modules()]
+    return [name for name in names if any(re.fullmatch(block, name) for block in arch.blocks)]
 
 
 def operation(module: nn.Module) -> Op:
@@ -114,8 +122,7 @@ def _attention(_chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Ten
 
 def _keep_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Give a norm its own copy of the residual stream, to which the blocks of several models add
-    in place while the norm's backward pass still needs it. Without this autograd fails, or, under
-    checkpointing, goes on with wrong gradients."""
+    in place while the norm's backward pass still needs it."""
     x, *rest = args
     return (x.clone(), *rest) if torch.is_grad_enabled() and x.requires_grad else args
 

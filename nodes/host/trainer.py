@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...core.adapters import ALGORITHMS, AdapterConfig, Algorithm
-from ...core.archs import ArchSpec
 from ...core.errors import AdapterLabError
 from ...core.files import Adapter, read_adapter, write_adapter
 from ...core.keys import resolve
@@ -24,10 +23,13 @@ from ...core.train.data import TrainDataset
 from ...core.train.loop import Progress, make_optimizer, train, validate
 from ...core.train.random import generator
 from ...core.train.targets import Targets
-from .model import DIFFUSION, architecture, mismatch, shapes
+from .model import DIFFUSION, architecture, require_fit, shapes
 from .process import HostProcess
 from .progress import Bar
-from .session import Session, layers
+from .session import Session, blocks, layers
+
+
+_PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v", "V_PREDICTION_EDM": "v"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Trainer:
             # Loading a model patches it in place, which its inference tensors allow only there.
             with torch.inference_mode(), Session(job.model, self.adapters, self._blocks()) as session:
                 self.process = HostProcess(session)
+                self.process.check([*job.dataset, *(job.validation or ())])
                 self.bar.say("measuring the loss before training" if job.validation else "")
                 if not self.progress.validation:
                     self._validate()
@@ -180,7 +183,7 @@ class Trainer:
                 found="an architecture that is not in the registry",
                 fix="Set 'checkpointing' to off",
             )
-        return block_names(self.job.model, self.arch)
+        return blocks(self.job.model, self.arch)
 
     def _adapter(self) -> Adapter:
         """The adapter as it is now, on the CPU, in ComfyUI's spelling."""
@@ -194,13 +197,37 @@ class Trainer:
         adapter.metadata.update(self._metadata())
         return adapter
 
-    def _metadata(self) -> Mapping[str, str]:
-        job = self.job
-        return training_metadata(
-            TrainingInfo(
-                architecture=self.arch.id if self.arch else "",
-            )
+    def _metadata(self) -> dict[str, str]:
+        """Metadata as sd-scripts spells it."""
+        job, config, adapter = self.job, self.job.config, self.job.adapter
+        first = next(iter(self.adapters.values()))
+        is_lora = first.name == "lora"
+        scale = job.model.get_model_object("latent_format").spacial_downscale_ratio
+        height, width = (n * scale for n in max(job.dataset.buckets)[-2:])
+        info = TrainingInfo(
+            base_version=self.arch.base_versions[0] if self.arch else "",
+            architecture=self.arch.modelspec[0] if self.arch else "",
+            output_name=job.run.name,
+            network_module="networks.lora" if is_lora else "lycoris.kohya",
+            network_dim=first.rank,
+            network_alpha=first.alpha,
+            network_args={} if is_lora else {"algo": first.name, "factor": adapter.factor},
+            steps=self.progress.step,
+            max_steps=config.steps,
+            seed=config.seed,
+            learning_rate=job.optimizer.learning_rate,
+            optimizer="torch.optim.adamw.AdamW",
+            optimizer_args={"weight_decay": job.optimizer.weight_decay},
+            items=len(job.dataset),
+            resolution=(width, height),
+            started=self.started,
+            finished=time.time(),
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            max_grad_norm=job.optimizer.clip,
+            prediction=_PREDICTIONS.get(job.model.model.model_type.name, "flow"),
         )
+        return training_metadata(info)
 
     def _line(self) -> str:
         progress, done = self.progress, self.progress.step - self.resumed_at
@@ -233,11 +260,6 @@ class Trainer:
         return "\n".join([*lines, f"{len(files)} adapter files, the last is {files[-1]}"])
 
 
-def block_names(model: Any, arch: ArchSpec) -> list[str]:
-    """The repeated blocks of the model, in its order."""
-    return [name for name, _ in model.model.diffusion_model.named_modules() if arch.is_block(name)]
-
-
 def resume(run: TrainRun) -> Adapter:
     """The newest adapter of a run on disk."""
     files = run.checkpoints()
@@ -249,16 +271,14 @@ def resume(run: TrainRun) -> Adapter:
 def _given(model: Any, adapter: Adapter) -> dict[str, Algorithm]:
     """Adapters to go on from, by module name inside the diffusion model."""
     entries, report = resolve(adapter, shapes(model.model))
-    if not entries or report.unmatched:
-        raise mismatch(adapter, report)
+    require_fit(report, complete=True)
     if any(e.slice is not None or not e.key.startswith(DIFFUSION) for e in entries):
         raise AdapterLabError(
             "Training cannot go on from this adapter",
             found="modules on parts of fused weights or in the text encoder",
             expected="one module for each weight of the diffusion model",
         )
-    names = [e.key.removeprefix(DIFFUSION).removesuffix(".weight") for e in entries]
-    return dict(zip(names, (e.algorithm for e in entries), strict=True))
+    return {entry.path: entry.algorithm for entry in entries}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,0 +1,129 @@
+"""Gradients through ComfyUI's models: right, with and without checkpointing, and without traces."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import pytest
+import samples
+import torch
+from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig
+from adapter_lab.core.train.random import generator
+from adapter_lab.nodes.host import session as host
+from adapter_lab.nodes.host.model import architecture
+from adapter_lab.nodes.host.process import HostProcess
+
+KINDS = ("flux", "wan", "sd15")
+
+
+def adapters(model, names=None):
+    """LoRA of rank 2 with a delta that is not zero on every layer."""
+    modules = host.layers(model)
+    made = {}
+    for name in names or modules:
+        rng = generator(0, name)
+        config = AdapterConfig(rank=2, alpha=2.0)
+        made[name] = ALGORITHMS["lora"].init(tuple(modules[name].weight.shape), config, rng)
+        for suffix, tensor in made[name].tensors.items():
+            noise = torch.randn(tensor.shape, generator=rng) * 0.1
+            made[name].tensors[suffix] = (tensor + noise).requires_grad_()
+    return made
+
+
+def loss(process, items):
+    """Squared output at a fixed point, so that every layer matters."""
+    x0 = process.latents(items)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    sigma = process.sigmas(torch.tensor([0.3, 0.6]))
+    return process.predict(process.corrupt(x0, noise, sigma), sigma, items).square().mean()
+
+
+def gradients(model, made, blocks):
+    """(loss, gradient by factor) through a session."""
+    factors = [t for a in made.values() for t in a.tensors.values()]
+    with torch.inference_mode(), host.Session(model, made, blocks) as session:
+        value = loss(HostProcess(session), samples.items(session_kind(model), 2))
+        grads = torch.autograd.grad(value, factors, allow_unused=True)
+    return value.item(), grads
+
+
+def session_kind(model):
+    return {"flux": "flux", "wan": "wan"}.get(architecture(model).id, "sd15")
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_is_the_slope_of_the_loss(load, kind, checkpointed):
+    """Against a central difference, which knows nothing of autograd."""
+    model = load(kind)
+    made = adapters(model)
+    blocks = host.blocks(model, architecture(model)) if checkpointed else []
+    assert not checkpointed or blocks
+    _, grads = gradients(model, made, blocks)
+    factors = [t for a in made.values() for t in a.tensors.values()]
+    used = [(f, g) for f, g in zip(factors, grads, strict=True) if g is not None]
+    assert len(used) > 0.9 * len(factors)
+    norm = sum(g.square().sum() for _, g in used).sqrt()
+    values = []
+    for step in (1e-2, -1e-2):
+        with torch.no_grad():
+            for factor, grad in used:
+                factor += step * grad / norm
+            values.append(gradients(model, made, [])[0])
+            for factor, grad in used:
+                factor -= step * grad / norm
+    slope = (values[0] - values[1]) / 2e-2
+    assert slope == pytest.approx(norm.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_gradient(load, kind):
+    model = load(kind)
+    made = adapters(model)
+    _, plain = gradients(model, made, [])
+    _, again = gradients(model, made, host.blocks(model, architecture(model)))
+    for a, b in zip(plain, again, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_session_leaves_no_trace(load, kind):
+    model = load(kind)
+    network = model.model.diffusion_model
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([model])
+    before = {n: (p, p.clone()) for n, p in model.model.named_parameters()}
+    hooks = [(m._forward_hooks.copy(), m._forward_pre_hooks.copy()) for m in network.modules()]
+    attributes = [set(vars(m)) for m in network.modules()]
+    with pytest.raises(ZeroDivisionError), torch.inference_mode():
+        blocks = host.blocks(model, architecture(model))
+        with host.Session(model, adapters(model), blocks):
+            assert comfy.model_management.in_training
+            assert not any(p.is_inference() for p in model.model.parameters())
+            raise ZeroDivisionError
+    assert not comfy.model_management.in_training
+    for name, parameter in model.model.named_parameters():
+        original, value = before[name]
+        assert parameter is original and torch.equal(parameter, value)
+    assert hooks == [
+        (m._forward_hooks, m._forward_pre_hooks) for m in network.modules()
+    ]
+    assert attributes == [set(vars(m)) for m in network.modules()]
+
+
+def test_batch_equals_its_items(load):
+    """Each item is predicted with its own conditioning, also when they cannot be stacked."""
+    model = load("flux")
+    items = samples.items("flux", 3)
+    long = samples.TrainItem(items[0].latent, torch.randn(9, 64), items[0].extra)
+    items.insert(1, long)
+    with torch.inference_mode(), host.Session(model, {}, []) as session:
+        process = HostProcess(session)
+        x = process.latents(items)
+        sigma = torch.tensor([0.2, 0.5, 0.7, 0.9])
+        together = process.predict(x, sigma, items)
+        for i, item in enumerate(items):
+            alone = process.predict(x[i : i + 1], sigma[i : i + 1], [item])
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)

@@ -1,0 +1,192 @@
+"""A training run on tiny models: what it writes, how it ends, what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+
+import comfy.model_management
+import comfy.sample
+import pytest
+import samples
+import torch
+from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig
+from adapter_lab.core.errors import AdapterLabError
+from adapter_lab.core.files import read_adapter
+from adapter_lab.core.train.checkpoints import TrainRun
+from adapter_lab.core.train.config import OptimizerConfig, TrainConfig
+from adapter_lab.core.train.data import TrainDataset, TrainItem
+from adapter_lab.core.train.targets import Targets
+from adapter_lab.nodes.host import model as host
+from adapter_lab.nodes.host import paths, trainer
+from adapter_lab.nodes.host.latents import graph
+
+KINDS = ("flux", "wan", "sd15")
+
+
+def job(model, kind, steps=4, name="run", config=None, **more):
+    """A small run on two attention-like modules of the model."""
+    patterns = {"flux": r".*qkv", "wan": r".*self_attn\.q", "sd15": r".*to_q|.*in_layers\.2"}
+    settings = dict(batch_size=2, seed=3, save_every=2) | (config or {})
+    options = dict(
+        adapter=AdapterConfig("lora", 2, 2.0),
+        targets=Targets("everything", (".*",), (patterns[kind],)),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    run = TrainRun(name, paths.run_folder(name), paths.run_adapters(name))
+    data = more.pop("dataset", samples.dataset(kind))
+    return trainer.Job(model, data, run, TrainConfig(steps, **settings), **(options | more))
+
+
+def run(*args, **kwargs):
+    with torch.inference_mode():
+        return trainer.Trainer(job(*args, **kwargs)).run()
+
+
+def output(model, kind):
+    """One sampled latent."""
+    latent, cond = graph(samples.items(kind, 1)[0])
+    noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, 2, 1.0, "euler", "simple", cond, cond, torch.zeros_like(noise),
+            disable_pbar=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "blocks"])
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_writes_adapters_that_load(load, kind, algorithm, checkpointing):
+    model = load(kind)
+    before = output(model, kind)
+    result = run(
+        model, kind, checkpointing=checkpointing, adapter=AdapterConfig(algorithm, 2, 2.0),
+        validation=samples.dataset(kind, 1, seed=8),
+    )  # fmt: skip
+    assert torch.equal(output(model, kind), before)
+    files = paths.run_adapters("run").glob("*.safetensors")
+    assert sorted(f.name for f in files) == ["run-step00000002.safetensors", "run-step00000004.safetensors"]
+    stored = read_adapter(paths.run_adapters("run") / "run-step00000004.safetensors")
+    assert stored.keys() == result.adapter.keys()
+    assert all(torch.equal(stored[k], t) for k, t in result.adapter.items())
+    assert stored.metadata["ss_steps"] == "4" and "sshs_model_hash" in stored.metadata
+    assert [step for step, _ in result.progress.validation] == [0, 2, 4]
+    adapted = host.apply(model, None, stored, 1.0, 1.0, "error").model
+    assert not torch.allclose(output(adapted, kind), before, atol=1e-4)
+    assert torch.equal(output(model, kind), before)
+
+
+def test_loss_goes_down(load):
+    result = run(load("flux"), "flux", steps=60, validation=samples.dataset("flux"))
+    (_, first), *_, (_, last) = result.progress.validation
+    assert last < 0.97 * first
+
+
+def test_global_randomness_and_memory_are_untouched(load):
+    model = load("flux")
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    loaded = list(comfy.model_management.current_loaded_models)
+    run(model, "flux")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(comfy.model_management.current_loaded_models) <= len(loaded) + 1
+    gc.collect()
+    before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    run(model, "flux", name="second")
+    gc.collect()
+    assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= before
+
+
+def test_training_goes_on_top_of_patches(load):
+    model = load("flux")
+    first = run(model, "flux")
+    adapted = host.apply(model, None, first.adapter, 1.0, 1.0, "error").model
+    before = output(adapted, "flux")
+    second = run(adapted, "flux", name="on top")
+    assert second.progress.losses[0] != first.progress.losses[0]
+    assert torch.equal(output(adapted, "flux"), before)
+
+
+def interrupted(monkeypatch, after):
+    """Cancel, as the user's button does, during the forward pass of step ``after`` + 1."""
+    real = trainer.HostProcess.predict
+    calls = []
+
+    def predict(self, *args):
+        calls.extend([1] * torch.is_grad_enabled())
+        if len(calls) == after + 1:
+            comfy.model_management.interrupt_current_processing()
+        return real(self, *args)
+
+    monkeypatch.setattr(trainer.HostProcess, "predict", predict)
+
+
+def test_cancel_keeps_what_was_learned_and_resume_is_exact(load, monkeypatch):
+    model = load("flux")
+    before = output(model, "flux")
+    whole = run(model, "flux", steps=6, name="whole")
+    with monkeypatch.context() as patch:
+        interrupted(patch, 3)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(model, "flux", steps=6)
+    kept = paths.run_adapters("run") / "run-step00000003.safetensors"
+    assert kept.exists() and paths.run_folder("run").joinpath("state.safetensors").exists()
+    assert torch.equal(output(model, "flux"), before)
+    resumed = run(model, "flux", steps=6)
+    assert resumed.progress.losses == whole.progress.losses
+    assert all(torch.equal(resumed.adapter[k], t) for k, t in whole.adapter.items())
+
+
+def test_finished_run_is_given_back_and_can_be_prolonged(load):
+    model = load("flux")
+    first = run(model, "flux")
+    again = run(model, "flux")
+    assert all(torch.equal(again.adapter[k], t) for k, t in first.adapter.items())
+    longer, whole = run(model, "flux", steps=6), run(model, "flux", steps=6, name="whole")
+    assert longer.progress.losses == whole.progress.losses
+
+
+def test_existing_run(load):
+    model = load("flux")
+    first = run(model, "flux")
+    with pytest.raises(AdapterLabError, match="exists already"):
+        run(model, "flux", on_existing="error")
+    with pytest.raises(AdapterLabError, match="other settings"):
+        run(model, "flux", steps=6, adapter=AdapterConfig("lora", 3, 3.0))
+    restarted = run(model, "flux", steps=3, on_existing="restart")
+    assert restarted.progress.losses == first.progress.losses[:3]
+    files = paths.run_adapters("run").glob("*.safetensors")
+    assert sorted(f.stem for f in files) == ["run-step00000002", "run-step00000003"]
+
+
+def test_keep_last(load):
+    run(load("flux"), "flux", steps=7, config={"save_every": 2, "keep_last": 2})
+    files = paths.run_adapters("run").glob("*.safetensors")
+    assert sorted(f.stem for f in files) == ["run-step00000006", "run-step00000007"]
+
+
+def test_init_from_goes_on_where_the_adapter_stopped(load):
+    model = load("flux")
+    first = run(model, "flux", validation=samples.dataset("flux"))
+    second = run(
+        model, "flux", name="second", validation=samples.dataset("flux"), init_from=first.adapter
+    )
+    assert second.progress.validation[0][1] == pytest.approx(first.progress.validation[-1][1])
+
+
+@pytest.mark.parametrize(
+    ("items", "says"),
+    [
+        ([TrainItem(torch.randn(4, 8, 8), torch.randn(4, 64))], "4 channels.*expected 16"),
+        ([TrainItem(torch.randn(16, 8, 8), torch.randn(77, 768))], "conditioning.*77 x 768"),
+    ],
+)
+def test_data_of_another_model(load, items, says):
+    with pytest.raises(AdapterLabError, match=says):
+        run(load("flux"), "flux", dataset=TrainDataset(items))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "..", "a\\b", ".hidden", "nul\0"])
+def test_names_that_leave_their_folder(name):
+    with pytest.raises(AdapterLabError, match="name"):
+        paths.run_folder(name)
