@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,12 @@ import comfy.sd  # noqa: E402
 import folder_paths  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+
+
+# ComfyUI has a module of this name, too.
+_spec = importlib.util.spec_from_file_location("comfy_server", Path(__file__).parents[1] / "server.py")
+sys.modules["comfy_server"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["comfy_server"])
 
 
 @pytest.fixture(scope="session")

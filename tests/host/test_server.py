@@ -1,0 +1,239 @@
+"""The pack inside a running ComfyUI: its nodes, and what it makes of bad input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import samples
+import tiny
+import torch
+from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig
+from adapter_lab.core.files import Adapter, read_adapter, write_adapter
+from adapter_lab.core.train.data import save_dataset
+from adapter_lab.core.train.random import generator
+from comfy_server import Server
+from conftest import COMFYUI
+from safetensors.torch import save
+
+# Ids and inputs that saved workflows rely on, in order.
+CONTRACT = {
+    "AdapterLabLoader": "model clip adapter_name strength_model strength_clip mode on_unmatched",
+    "AdapterLabFile": "adapter_name",
+    "AdapterLabApply": "model clip adapter strength_model strength_clip mode on_unmatched",
+    "AdapterLabInspect": "adapter model",
+    "AdapterLabSave": "adapter filename_prefix key_format dtype metadata",
+    "AdapterLabDataset": "latents conditioning mask name",
+    "AdapterLabDatasetLoad": "name",
+    "AdapterLabDatasetItem": "dataset index",
+    "AdapterLabTargets": "model preset exclude include",
+    "AdapterLabConfig": "algorithm rank alpha",
+    "AdapterLabOptimizer": "optimizer learning_rate",
+    "AdapterLabTrain": "model dataset run_name steps batch_size accumulation seed save_every "
+    "keep_last on_existing checkpointing config targets optimizer validation init_from",
+}
+OUTPUTS = {
+    "AdapterLabLoader": "MODEL CLIP STRING",
+    "AdapterLabFile": "LORA_MODEL STRING",
+    "AdapterLabDataset": "TRAIN_DATASET STRING",
+    "AdapterLabDatasetItem": "LATENT CONDITIONING",
+    "AdapterLabTrain": "MODEL LORA_MODEL TRAIN_RUN LOSS_MAP IMAGE",
+}
+STEM = "diffusion_model.double_blocks.0.img_attn.qkv"
+
+
+def good(rank=4, **change):
+    """Factors of one LoRA module."""
+    config = AdapterConfig("lora", rank, rank)
+    made = ALGORITHMS["lora"].init((384, 128), config, generator(0, "x"))
+    return {f"{STEM}.{k}": v for k, v in (made.state() | change).items()}
+
+
+def bad_files() -> dict[str, tuple[bytes, str]]:
+    """Name -> (content, part of what the error says)."""
+    whole = save(good())
+    size = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + size])
+    claims = dict(header)
+    claims["more"] = {"dtype": "F32", "shape": [4096], "data_offsets": [len(whole), len(whole) + 16384]}
+    name = next(iter(header))
+    twice = f'{{"{name}": {json.dumps(header[name])}, "{name}": {json.dumps(header[name])}}}'
+    up, down = "lora_up.weight", "lora_down.weight"
+    return {
+        "truncated": (whole[:-100], "truncated"),
+        "pickle": (pickle.dumps(good()), "pickle"),
+        "empty": (b"", "empty"),
+        "text": (b"this is not a model at all, but a page of text\n" * 20, "text"),
+        "claims": (_pack(json.dumps(claims), whole[8 + size :]), ""),
+        "twice": (_pack(twice, whole[8 + size :]), "twice"),
+        "nan": (save(good(**{up: torch.full((384, 4), torch.nan)})), "NaN"),
+        "shapes": (save(good(**{down: torch.zeros(5, 128)})), STEM),
+        "alpha": (save(good(alpha=torch.ones(3))), "alpha"),
+        "rank0": (save(good(**{up: torch.zeros(384, 0), down: torch.zeros(0, 128)})), "rank"),
+    }
+
+
+def _pack(header: str, data: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header.encode() + data
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    tiny.write("flux", base / "models" / "diffusion_models" / "flux.safetensors")
+    loras = base / "models" / "loras"
+    write_adapter(loras / "good.safetensors", Adapter(good()))
+    for name, (content, _) in bad_files().items():
+        (loras / f"{name}.safetensors").write_bytes(content)
+    save_dataset(base / "output" / "adapter_lab" / "datasets" / "noise", samples.dataset("flux"))
+    save_dataset(base / "output" / "adapter_lab" / "datasets" / "other", samples.dataset("sd15"))
+    with Server(COMFYUI, base=base, folder="any name") as running:
+        yield running
+
+
+def prompt(*nodes) -> dict:
+    """API prompt of (class, inputs); a number in an input links to that node's first output."""
+    return {
+        str(i): {
+            "class_type": kind,
+            "inputs": {
+                k: [str(v), 0] if type(v) is int and k not in ("steps", "batch_size", "seed", "index", "rank") else v
+                for k, v in inputs.items()
+            },
+        }
+        for i, (kind, inputs) in enumerate(nodes)
+    }
+
+
+MODEL = ("UNETLoader", {"unet_name": "flux.safetensors", "weight_dtype": "default"})
+APPLY = {"strength_model": 1.0, "strength_clip": 1.0, "mode": "auto", "on_unmatched": "report"}
+SHOW = ("PreviewAny", {"source": ["1", 2]})
+
+
+def load(name: str) -> dict:
+    loader = ("AdapterLabLoader", {"model": 0, "adapter_name": name, **APPLY})
+    return prompt(MODEL, loader, SHOW)
+
+
+def training(dataset="noise", **options) -> dict:
+    inputs = dict(
+        run_name="run", steps=3, batch_size=2, accumulation=1.0, seed=0, save_every=1.0,
+        keep_last=0.0, on_existing="resume", checkpointing="auto",
+    ) | options  # fmt: skip
+    return prompt(
+        MODEL,
+        ("AdapterLabDatasetLoad", {"name": dataset}),
+        ("AdapterLabTrain", {"model": 0, "dataset": 1, **inputs}),
+        ("AdapterLabSave", {"adapter": ["2", 1], "filename_prefix": "mine/x", "key_format": "kohya",
+                            "dtype": "bf16", "metadata": '{"modelspec.author": "me"}'}),
+    )  # fmt: skip
+
+
+def message(result) -> str:
+    assert len(result.errors) == 1, result.errors
+    return result.errors[0]["exception_message"]
+
+
+def test_nodes_are_those_of_the_contract(server):
+    info = server.object_info()
+    for node, names in CONTRACT.items():
+        inputs = info[node]["input_order"]
+        # Sockets that may stay empty are listed apart, each list in order.
+        listed = [*inputs.get("required", []), *inputs.get("optional", [])]
+        wanted = names.split()
+        assert set(wanted) <= set(listed), node
+        for part in ("required", "optional"):
+            own = [name for name in inputs.get(part, []) if name in wanted]
+            assert own == [name for name in wanted if name in own], node
+    for node, kinds in OUTPUTS.items():
+        assert info[node]["output"] == kinds.split()
+
+
+def test_no_log_line_at_import(server):
+    lines = [line for line in server.log.splitlines() if "adapter_lab" in line.lower()]
+    assert lines == []
+
+
+def test_report_is_on_the_node_and_an_output(server):
+    result = server.run(load("good.safetensors"))
+    assert result.ok, result.errors
+    assert "1 of 1 modules matched" in result.texts["1"]
+    assert result.outputs["1"]["adapter_lab"][0]["matched"][STEM]["rank"] == 4
+    assert result.texts["1"] in result.texts["2"]
+
+
+@pytest.mark.parametrize("name", list(bad_files()))
+def test_bad_file_is_one_clear_error_and_comfyui_lives(server, name):
+    said = message(server.run(load(f"{name}.safetensors")))
+    assert f"{name}.safetensors" in said and bad_files()[name][1] in said
+    assert "\n" not in said.strip() and len(said) < 400
+    assert server.run(load("good.safetensors")).ok
+
+
+def test_training_from_the_graph(server):
+    result = server.run(training())
+    assert result.ok, result.errors
+    texts = [data["text"] for kind, data in result.messages if kind == "progress_text"]
+    assert any("step 3 of 3" in text and "loss" in text for text in texts)
+    assert "3 steps" in result.texts["2"]
+    saved = Path(result.texts["3"].split(" to ")[1])
+    assert saved == server.base / "output" / "loras" / "mine" / "x_00001_.safetensors"
+    adapter = read_adapter(saved)
+    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight" in adapter
+    factors = {t.dtype for key, t in adapter.items() if not key.endswith(".alpha")}
+    assert factors == {torch.bfloat16}
+    assert adapter.metadata["modelspec.author"] == "me" and adapter.metadata["ss_steps"] == "3"
+    loaded = server.run(load("mine/x_00001_.safetensors"))
+    assert loaded.ok and "no" not in loaded.texts["1"].split("modules")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"run_name": "../outside"}, "run name"),
+        ({"run_name": "run", "on_existing": "error", "seed": 1}, "exists already"),
+        ({"dataset": "other", "run_name": "new"}, "4 channels"),
+    ],
+)
+def test_bad_training_input(server, options, says):
+    server.run(training())
+    before = sorted(server.base.rglob("output/**/*"))
+    assert says in message(server.run(training(**options)))
+    assert sorted(server.base.rglob("output/**/*")) == before
+    assert server.run(load("good.safetensors")).ok
+
+
+def test_cancel_stops_within_a_step_and_keeps_what_was_learned(server):
+    done = []
+
+    def stop(kind, data):
+        if kind == "progress_text" and "step 5 of" in data["text"]:
+            done.append(data)
+            server.interrupt()
+
+    result = server.run(training(run_name="long", steps=100_000), on_message=stop)
+    assert done and result.interrupted
+    kept = sorted((server.base / "output" / "loras" / "long").iterdir())
+    steps = [int(path.stem[-8:]) for path in kept]
+    # The button is pressed while steps go on.
+    assert steps == list(range(1, steps[-1] + 1)) and 5 <= steps[-1] < 200
+    resumed = server.run(training(run_name="long", steps=steps[-1] + 1))
+    assert resumed.ok and f"resumed at {steps[-1]}" in resumed.texts["2"]
+
+
+def test_dataset_from_the_graph(server):
+    item = ("AdapterLabDatasetItem", {"dataset": 0, "index": 1})
+    result = server.run(
+        prompt(
+            ("AdapterLabDatasetLoad", {"name": "noise"}),
+            item,
+            ("AdapterLabDataset", {"latents": 1, "conditioning": ["1", 1], "name": "copy"}),
+            ("PreviewAny", {"source": ["2", 1]}),
+        )
+    )
+    assert result.ok, result.errors
+    assert "1 items" in result.texts["2"]
+    assert (server.base / "output" / "adapter_lab" / "datasets" / "copy").is_dir()
