@@ -50,8 +50,9 @@ class Registry(Mapping[str, T], Generic[T]):
         try:
             return self._items[name]
         except KeyError:
-            known = ", ".join(self._items)
-            raise AdapterLabError(f"Unknown {self.kind} '{name}'", expected=f"one of {known}") from None
+            raise AdapterLabError(
+                f"Unknown {self.kind} '{name}'", expected=f"one of {', '.join(self._items)}"
+            ) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._items

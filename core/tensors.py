@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,9 +19,9 @@ class Op:
     """A linear layer (``dims`` 0) or convolution (``dims`` 1-3) without its weight and bias."""
 
     dims: int = 0
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] | str = ()
-    dilation: tuple[int, ...] = ()
+    stride: tuple[int, ...] | int = 1
+    padding: tuple[int, ...] | str | int = 0
+    dilation: tuple[int, ...] | int = 1
     groups: int = 1
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -26,3 +30,137 @@ class Op:
             return F.linear(x, weight)
         conv = _CONV[self.dims]
         return conv(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+def wide(factor: Tensor, like: Tensor) -> Tensor:
+    """``factor`` in float32 (float64 stays) on the device of ``like``."""
+    # torch.promote_types refuses the float8 types.
+    dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
+    return factor.to(like.device, dtype)
+
+
+def factorization(n: int, factor: int = -1) -> tuple[int, int]:
+    """The pair (m, n / m), m <= n / m, into which LoKr splits a dimension.
+
+    A ``factor`` > 0 that divides n is one of the pair. One that does not is an upper limit for
+    m, and a negative one is no limit: m is then the largest divisor of n within it such that
+    m <= sqrt(n).
+
+    Reference: LyCORIS, ``factorization``; 128 -> (8, 16), 512 by 7 -> (4, 128), 127 -> (1, 127).
+    """
+    if factor > 0 and n % factor == 0:
+        return min(factor, n // factor), max(factor, n // factor)
+    limit = math.isqrt(n) if factor < 0 else min(factor, math.isqrt(n))
+    m = next((m for m in range(limit, 1, -1) if n % m == 0), 1)
+    return m, n // m
+
+
+def kron(w1: Tensor, w2: Tensor) -> Tensor:
+    """W1 (x) W2 where the kernel belongs to W2: D[i c + k, j d + l, *] = w1[i, j] w2[k, l, *].
+
+    Args:
+        w1: (a, b). w2: (c, d, *k).
+
+    Returns:
+        (a c, b d, *k). Autograd keeps the factors only.
+    """
+    (a, b), (c, d, *k) = w1.shape, w2.shape
+    blocks = w1[:, None, :, None] * w2.reshape(c, -1)[None, :, None, :]
+    return blocks.reshape(a * c, b * d, *k)
+
+
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Contract a Tucker core with its mode factors: D[o, i, *] = sum a[o, p] core[p, q, *] b[q, i].
+
+    Args:
+        core: (p, q, *k). a: (out, p). b: (q, in).
+
+    Returns:
+        (out, in, *k)
+    """
+    narrow = inner(core, b)
+    return (a @ narrow.flatten(1)).reshape(len(a), *narrow.shape[1:])
+
+
+def inner(core: Tensor, b: Tensor) -> Tensor:
+    """The input half of :func:`tucker`: sum_q core[p, q, *] b[q, i], (p, in, *k)."""
+    return torch.einsum("pq...,qi->pi...", core, b)
+
+
+def khatri_rao(a: Tensor, c: Tensor) -> Tensor:
+    """Row-wise Kronecker product, (n, r) and (n, s) -> (n, r s).
+
+    (A B) o (C D) = khatri_rao(A, C) khatri_rao(B^T, D^T)^T: a Hadamard product of two low-rank
+    matrices is one matrix of rank r s.
+    """
+    return (a[:, :, None] * c[:, None, :]).flatten(1)
+
+
+class _Hadamard(torch.autograd.Function):
+    """Backward rebuilds A B and C D: autograd would keep both of them, dense, for every layer."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b, c, d)
+        return (a @ b).mul_(c @ d)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        a, b, c, d = ctx.saved_tensors
+        left, right = grads[0] * (c @ d), grads[0] * (a @ b)
+        return left @ b.T, a.T @ left, right @ d.T, c.T @ right
+
+
+def hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """(A B) o (C D), keeping only the factors for the backward pass.
+
+    Args:
+        a: (out, r). b: (r, in). c: (out, s). d: (s, in).
+    """
+    return _Hadamard.apply(a, b, c, d)
+
+
+def low_rank(x: Tensor, op: Op, up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
+    """op(x, up down), or with a core op(x, tucker(core, up, down)), without the dense product.
+
+    The narrow factor sees the kernel, stride, padding and dilation, the wide one is 1 x 1. Each
+    group of the layer meets the same ``down``, so the groups go through it as a batch.
+
+    Args:
+        x: (..., in) or (b, in, *spatial).
+        up: (out, r). down: (r, in / groups, *k); with a core (r, in / groups).
+        core: (r, r, *k)
+    """
+    if op.dims == 0:
+        h = F.linear(x, down)
+        return F.linear(h if core is None else F.linear(h, core), up)
+    point = Op(op.dims)
+    h = x.reshape(len(x) * op.groups, -1, *x.shape[2:])
+    if core is not None:
+        h, down = point(h, unit_axes(down, op.dims)), core
+    h = replace(op, groups=1)(h, down)
+    h = h.reshape(len(x), -1, *h.shape[2:])
+    return replace(point, groups=op.groups)(h, unit_axes(up, op.dims))
+
+
+def unit_axes(matrix: Tensor, dims: int) -> Tensor:
+    """(n, m) -> (n, m, 1, ...), the weight of a 1 x 1 convolution of ``dims`` axes."""
+    return matrix.reshape(*matrix.shape, *(1,) * dims)
+
+
+def kaiming_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """U(-b, b) with b = 1 / sqrt(fan_in), which is kaiming_uniform(a = sqrt 5), float32.
+
+    Reference: He et al. 2015, section 2.2, with the leak that torch's own layers use.
+    """
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return _empty(shape, generator).uniform_(-bound, bound, generator=generator)
+
+
+def normal(shape: Sequence[int], std: float, generator: torch.Generator) -> Tensor:
+    """N(0, std^2), float32."""
+    return _empty(shape, generator).normal_(0, std, generator=generator)
+
+
+def _empty(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.empty(*shape, device=generator.device, dtype=torch.float32)

@@ -2,11 +2,13 @@
 
     W' = W + m * dW          m: the user's strength, dW: what the factors stand for
 
-Weights are ``(out, in, *k)``. Factors may be stored in any dtype; all maths is in float32.
+Weights are ``(out, in, *k)``, of a grouped convolution ``(out, in / groups, *k)``. Factors may be
+stored in any dtype; a delta is computed in float32.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,15 @@ class AdapterConfig:
     decompose_both: bool = False
     full_matrix: bool = False
     tucker: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise AdapterLabError("No such rank", found=str(self.rank), expected="1 or more")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return (self.alpha or self.rank) / self.rank
 
 
 class Algorithm(ABC):
@@ -120,22 +131,61 @@ class Algorithm(ABC):
 
     def misfit(self, shape: Shape) -> str | None:
         """Why the delta cannot be added to a weight of ``shape``; None when it can."""
-        mine, size = self.shape, 1
-        for n in shape:
-            size *= n
-        own = 1
-        for n in mine:
-            own *= n
-        if mine[0] == shape[0] and own == size:
-            return None
-        return f"its delta is {tuple(mine)}, the weight is {tuple(shape)}"
+        mine, given = tuple(self.shape), tuple(shape)
+        # A linear layer is a 1 x 1 convolution, a 2-D kernel is a 3-D one of length 1.
+        same = mine == given or (len(mine) != len(given) and _squeezed(mine) == _squeezed(given))
+        flat = len(mine) == 2 and mine == (given[0], math.prod(given[1:]))
+        return None if same or flat else f"its delta is {mine}, the weight is {given}"
+
+    @classmethod
+    def own(cls, tensors: Tensors) -> dict[str, Tensor]:
+        """The factors of this algorithm among ``tensors``; empty when it has none there.
+
+        Raises:
+            AdapterLabError: a name of its family ("lokr_...") that it does not know, or a factor
+                that is empty or not a matrix.
+        """
+        family = cls.suffixes[0].partition("_")[0] + "_"
+        factors = {name: t for name, t in tensors.items() if name.startswith(family)}
+        for name, t in factors.items():
+            if name not in cls.suffixes:
+                known = ", ".join(cls.suffixes)
+                raise AdapterLabError(f"Unknown {cls.title} tensor", found=name, expected=known)
+            found = f"{name} of shape {tuple(t.shape)}"
+            if t.ndim < 2:
+                raise AdapterLabError(f"A {cls.title} factor is not a matrix", found=found)
+            if not t.numel():
+                expected = "a rank of 1 or more"
+                raise AdapterLabError(
+                    f"A {cls.title} factor is empty", found=found, expected=expected
+                )
+        return factors
+
+
+def _squeezed(shape: Shape) -> tuple[int, ...]:
+    return (*shape[:2], *(n for n in shape[2:] if n != 1))
+
+
+def require(factors: Tensors, *names: str) -> list[Tensor]:
+    """The factors of these names; raises AdapterLabError when one of them is missing."""
+    missing = ", ".join(name for name in names if name not in factors)
+    if missing:
+        raise AdapterLabError("A factor is missing", found=", ".join(factors), expected=missing)
+    return [factors[name] for name in names]
+
+
+def check_product(fits: bool, factors: Tensors, *names: str) -> None:
+    """Raise AdapterLabError with the shapes of the named factors unless they fit together."""
+    if not fits:
+        found = ", ".join(f"{name} {tuple(factors[name].shape)}" for name in names)
+        raise AdapterLabError("The factors do not multiply", found=found)
 
 
 def read_scale(tensors: Tensors, rank: int, scale: float | None) -> float:
     """s = alpha / rank; ``scale`` from outside wins; a missing alpha means 1.
 
     Raises:
-        AdapterLabError: rank 0, or an alpha of several values.
+        AdapterLabError: rank 0, or an alpha of several values or not finite.
     """
     if rank < 1:
         raise AdapterLabError("The rank is 0", expected="factors with at least one rank channel")
@@ -148,4 +198,7 @@ def read_scale(tensors: Tensors, rank: int, scale: float | None) -> float:
             found=f"a tensor of shape {tuple(alpha.shape)}",
             expected="one value",
         )
-    return float(alpha.item()) / rank
+    value = float(alpha.item())
+    if not math.isfinite(value):
+        raise AdapterLabError("alpha is not finite", found=str(value))
+    return value / rank

@@ -63,7 +63,7 @@ class TrainItem:
             raise AdapterLabError("A latent holds NaN or infinite values", fix="Encode it again")
 
 
-class TrainDataset(Sequence[TrainItem]):
+class TrainDataset:
     """A non-empty list of items with the batches an epoch is made of."""
 
     def __init__(self, items: Sequence[TrainItem], name: str = "") -> None:
@@ -76,7 +76,7 @@ class TrainDataset(Sequence[TrainItem]):
             )
         self.items, self.name = list(items), name
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> TrainItem:
         return self.items[index]
 
     def __iter__(self) -> Iterator[TrainItem]:
@@ -178,9 +178,10 @@ def save_dataset(folder: Path, dataset: TrainDataset) -> None:
 
 def _require_same(folder: Path, listing: str, tensors: Mapping[str, Tensor]) -> None:
     """Running a graph again is fine, replacing somebody's dataset is not."""
-    stored = read_adapter(folder / _DATA) if (folder / _DATA).exists() else {}
-    same = (folder / _JSON).exists() and (folder / _JSON).read_text(encoding="utf-8") == listing
-    if not same or any(n not in stored or not torch.equal(t, stored[n]) for n, t in tensors.items()):
+    stored = read_adapter(folder / _DATA) if (folder / _DATA).exists() else Adapter()
+    text = (folder / _JSON).read_text(encoding="utf-8") if (folder / _JSON).exists() else ""
+    same = (n in stored and torch.equal(t, stored[n]) for n, t in tensors.items())
+    if text != listing or not all(same):
         raise AdapterLabError(
             f"A dataset '{folder.name}' with other content exists already",
             fix="Choose another name, or delete its folder",

@@ -124,7 +124,7 @@ def _accumulate(process: Process, dataset: TrainDataset, config: TrainConfig, nu
     rng = generator(config.seed, "noise", number)
     u = torch.rand(len(items), generator=rng)
     loss = _losses(process, items, u, rng).mean() / config.accumulation
-    loss.backward()
+    loss.backward()  # pyright: ignore[reportUnknownMemberType]
     return loss.item()
 
 

@@ -1,0 +1,54 @@
+"""One entry per architecture, found by discovery; all of it data, none of it host classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ..registry import Registry
+from .base import Alias, ArchSpec, Shapes, Templates, wildcard
+
+__all__ = [
+    "ARCHITECTURES", "Alias", "ArchSpec", "Shapes", "Templates",
+    "detect", "detect_metadata", "detect_stems", "wildcard",
+]  # fmt: skip
+
+ARCHITECTURES: Registry[ArchSpec] = Registry("architecture")
+ARCHITECTURES.discover(
+    __name__, __path__, lambda item: item.id if isinstance(item, ArchSpec) else None
+)
+
+
+def detect(index: Shapes) -> ArchSpec | None:
+    """The architecture of a model, from the names and weight shapes of its modules."""
+    return next((spec for spec in _models() if spec.detect(index)), None)
+
+
+def detect_stems(
+    bodies: Iterable[str], metadata: Mapping[str, str] | None = None
+) -> ArchSpec | None:
+    """The architecture a file is for, from its module names alone (dotted or underscored).
+
+    The entry that can name the most of ``bodies`` wins, if it can name at least half of them;
+    one that ``metadata`` names wins over it on the same condition, and alone where none can.
+    """
+    names = list(dict.fromkeys(bodies))
+    scores = {spec: sum(map(spec.names, names)) for spec in _models()}
+    able = [spec for spec, score in scores.items() if 2 * score >= len(names) > 0]
+    said = detect_metadata(metadata or {})
+    if said in able or not able:
+        return said
+    return max(able, key=lambda spec: scores[spec])
+
+
+def detect_metadata(metadata: Mapping[str, str]) -> ArchSpec | None:
+    """The architecture that a file's ``ss_base_model_version`` or modelspec metadata names."""
+    version = metadata.get("ss_base_model_version", "")
+    modelspec = metadata.get("modelspec.architecture", "").split("/")[0]
+    for spec in _models():
+        if version in spec.base_versions or modelspec in spec.modelspec:
+            return spec
+    return None
+
+
+def _models() -> Iterable[ArchSpec]:
+    return (spec for spec in ARCHITECTURES.values() if "model" in spec.parts)

@@ -1,0 +1,115 @@
+"""What a body can mean in one model: its own module names and the aliases of its architecture."""
+
+from __future__ import annotations
+
+import difflib
+from typing import NamedTuple
+
+from ..archs import ArchSpec, wildcard
+from ..errors import AdapterLabError
+from .index import ModelIndex
+
+_SEARCHES = 20  # a similarity search costs milliseconds; a file of nonsense must not cost minutes
+Slice = tuple[int, int, int]  # axis, offset, length
+Override = str | tuple[str, int, int, int]  # module, or module and slice
+
+
+class Target(NamedTuple):
+    """A weight, or a range of its rows.
+
+    Attributes:
+        path: module path in own names. key: the weight's name in the given index.
+        shape: of the part that is meant. refuse: why no delta can go there.
+    """
+
+    part: str
+    path: str
+    key: str
+    shape: tuple[int, ...]
+    slice: Slice | None = None
+    refuse: str = ""
+
+
+class Names:
+    """Looks bodies up; underscores are never split, whole known names are compared instead."""
+
+    def __init__(self, index: ModelIndex, spec: ArchSpec | None) -> None:
+        self.index, self.spec = index, spec
+        self._aliases = spec.theirs_in(index) if spec else None
+        self._patterns: dict[tuple[str, str], list[str]] = {}
+        self._similar: dict[tuple[str, str, str], str | None] = {}
+
+    def find(self, part: str, body: str, separator: str) -> list[Target]:
+        """Every weight that ``body`` names: of the model's own names, else of the aliases."""
+        modules = self.index.part(part)
+        if separator == "_":
+            paths = self.index.underscored(part).get(body, ())
+        else:
+            paths = (body,) if body in modules else ()
+        found = [Target(part, path, *modules[path]) for path in paths]
+        if part == "model" and self._aliases is not None and not found:
+            for alias, numbers in self._aliases.find(body):
+                path = alias.own.format(*numbers)
+                if path in modules:
+                    found.append(self._alias(path, alias.rows, alias.refuse))
+        return found
+
+    def at(self, to: Override) -> Target:
+        """What ``to`` says in the names of the given index.
+
+        Raises:
+            AdapterLabError: the model does not have it.
+        """
+        name, rows = (to, ()) if isinstance(to, str) else (to[0], to[1:])
+        found = self.index.locate(name)
+        if found is None:
+            raise AdapterLabError(f"targets names '{name}', which is no module of the model")
+        part, path, (key, shape) = found
+        if not rows:
+            return Target(part, path, key, shape)
+        axis, offset, length = rows
+        if not (0 <= axis < len(shape) and 0 <= offset < offset + length <= shape[axis]):
+            raise AdapterLabError(
+                f"targets names a range that '{name}' lacks",
+                found=f"axis {axis}, offset {offset}, length {length}",
+                expected=f"inside {shape}",
+            )
+        cut = (*shape[:axis], length, *shape[axis + 1 :])
+        return Target(part, path, key, cut, (axis, offset, length))
+
+    def nearest(self, part: str, body: str, separator: str) -> str | None:
+        """The known name most like ``body``, in the same spelling and with its numbers."""
+        pattern, numbers = wildcard(body)
+        asked = (part, separator, pattern)
+        if asked not in self._similar and len(self._similar) < _SEARCHES:
+            known = difflib.get_close_matches(pattern, self._known(part, separator), 1, 0.75)
+            self._similar[asked] = known[0] if known else None
+        near = self._similar.get(asked)
+        if near is None:
+            return None
+        name = near
+        for number in (*numbers, *"0" * near.count("*")):
+            name = name.replace("*", number, 1)
+        return name if self.find(part, name, separator) else near
+
+    def _alias(self, path: str, rows: tuple[int, int | None] | None, refuse: str) -> Target:
+        key, shape = self.index.part("model")[path]
+        if rows is None:
+            return Target("model", path, key, shape, None, refuse)
+        # In a file that holds only some weights, the input width of this one is the hidden size.
+        hidden = self.index.get(self.spec.hidden if self.spec else "", shape[-1:])[0]
+        offset = rows[0] * hidden
+        length = shape[0] - offset if rows[1] is None else rows[1] * hidden
+        if not offset < offset + length <= shape[0]:
+            refuse = f"rows {offset} to {offset + length} are not in its weight, {shape}"
+        return Target("model", path, key, (length, *shape[1:]), (0, offset, length), refuse)
+
+    def _known(self, part: str, separator: str) -> list[str]:
+        """Known names with their numbers as ``*``, so that a block counts once."""
+        if (part, separator) not in self._patterns:
+            names = self.index.part(part) if separator == "." else self.index.underscored(part)
+            known = [wildcard(name)[0] for name in names]
+            if part == "model" and self._aliases is not None:
+                known += [name for name in self._aliases if "." not in name or separator == "."]
+            self._patterns[part, separator] = list(dict.fromkeys(known))
+        return self._patterns[part, separator]

@@ -1,0 +1,120 @@
+"""What a file's modules matched in a model, as data: for the user, for code, for the web panel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+from ..adapters import ALGORITHMS
+from ..archs import ARCHITECTURES, wildcard
+from ..errors import AdapterLabError
+from .base import FORMATS
+
+_GROUPS = 12  # lines of a text report before the rest is counted
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where one module of the file goes; ``slice`` is (axis, offset, length), None: all of it."""
+
+    key: str
+    slice: tuple[int, int, int] | None
+    algorithm: str
+    rank: int
+    scale: float
+
+
+@dataclass
+class Report:
+    """The outcome of matching an adapter with a model.
+
+    Attributes:
+        name: of the file. format: id of the chosen key format; None where nothing hints at one.
+        matched: stem -> match. unmatched: stem -> why, with the nearest known name.
+        runner_up: (format id, stems it matches), of the next best format if it matches any.
+        algorithms: algorithm name -> modules of the file, matched or not.
+        architecture: id of the model's. file_architecture: id of the one the file is for.
+    """
+
+    name: str = ""
+    format: str | None = None
+    architecture: str | None = None
+    file_architecture: str | None = None
+    matched: dict[str, Match] = field(default_factory=dict[str, Match])
+    unmatched: dict[str, str] = field(default_factory=dict[str, str])
+    runner_up: tuple[str, int] | None = None
+    algorithms: Counter[str] = field(default_factory=Counter[str])
+    warnings: list[str] = field(default_factory=list[str])
+
+    @property
+    def total(self) -> int:
+        """Modules in the file."""
+        return len(self.matched) + len(self.unmatched)
+
+    @property
+    def verdict(self) -> str:
+        """One line: "264 of 266 modules matched (LoRA rank 16, kohya format, FLUX.1)"."""
+        facts = [self._algorithms(), f"{self._format()} format" if self.format else ""]
+        if self.matched or self.file_architecture == self.architecture:
+            facts.append(title(self.architecture) if self.architecture else "")
+        else:
+            facts.append(f"for {title(self.file_architecture)}")
+            facts.append(f"the model is {title(self.architecture)}")
+        described = ", ".join(filter(None, facts))
+        line = f"{len(self.matched)} of {self.total} modules matched"
+        return f"{line} ({described})" if described else line
+
+    def to_text(self) -> str:
+        """The verdict, then warnings, then what did not match, grouped by reason."""
+        lines = [self.verdict, *(f"Warning: {text}" for text in self.warnings)]
+        groups: dict[tuple[str, str], list[str]] = {}
+        for stem, reason in self.unmatched.items():
+            groups.setdefault((wildcard(stem)[0], wildcard(reason)[0]), []).append(stem)
+        if groups:
+            lines.append("Not applied:")
+        for (pattern, general), stems in list(groups.items())[:_GROUPS]:
+            alone = len(stems) == 1
+            name = stems[0] if alone else f"{len(stems)} x {pattern}"
+            lines.append(f"  {name}: {self.unmatched[stems[0]] if alone else general}")
+        rest = list(groups.values())[_GROUPS:]
+        if rest:
+            lines.append(f"  and {sum(map(len, rest))} more")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, object]:
+        """The same as JSON-able data, the verdict under "verdict"."""
+        return {"verdict": self.verdict, **asdict(self), "algorithms": dict(self.algorithms)}
+
+    def error(self) -> AdapterLabError:
+        """What to raise where nothing matches and something must: names both architectures."""
+        subject = f"'{self.name}'" if self.name else "the adapter"
+        form = f", {self._format()} format" if self.format else ""
+        reasons = Counter(wildcard(reason)[0] for reason in self.unmatched.values())
+        fix = ""
+        if self.file_architecture and self.file_architecture != self.architecture:
+            fix = f"Load it with {title(self.file_architecture)}"
+        elif reasons:
+            fix = f"Most often: {reasons.most_common(1)[0][0]}"
+        return AdapterLabError(
+            f"Nothing in {subject} fits this model",
+            found=f"{self.total} modules for {title(self.file_architecture)}{form}",
+            expected=f"modules of {title(self.architecture)}",
+            fix=fix,
+        )
+
+    def _format(self) -> str:
+        return FORMATS[self.format].title if self.format else ""
+
+    def _algorithms(self) -> str:
+        named: list[str] = []
+        for name in self.algorithms:
+            ranks = [match.rank for match in self.matched.values() if match.algorithm == name]
+            low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
+            rank = f" rank {low}" if low == high else f" rank {low} to {high}"
+            named.append(ALGORITHMS[name].title + (rank if ranks else ""))
+        return " + ".join(named)
+
+
+def title(architecture: str | None) -> str:
+    """An architecture as users write it."""
+    return ARCHITECTURES[architecture].title if architecture else "an unknown architecture"
