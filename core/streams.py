@@ -60,6 +60,7 @@ class Reader:
                 raise AdapterLabError("the file was cut off while it was read")
 
     def close(self) -> None:
+        """Close the file; tensors already read live on."""
         self._open.close()
 
     def __enter__(self) -> Reader:
@@ -100,21 +101,18 @@ def write_stream(
     hashes: bool = True,
     overwrite: bool = True,
 ) -> dict[str, str]:
-    """Write tensors as they come, atomically; returns the metadata written.
-
-    The peak of memory is about one tensor. Tensors may come in any order; in that of the file
-    (``layout(infos)``) each byte is touched once.
+    """Write tensors as they come, atomically, one in memory at a time; returns the metadata.
 
     Args:
         infos: name -> (dtype, as torch's or safetensors' name; shape) of every tensor to come.
-        tensors: (name, tensor) of any device and stride.
+        tensors: (name, tensor) on any device, in any order, the fastest that of ``layout(infos)``.
         metadata: hashes of another file in it (``sshs_*``) are left out.
         hashes: add ``sshs_model_hash`` and ``sshs_legacy_hash`` (see :mod:`.hashes`).
         overwrite: False refuses to replace a file.
 
     Raises:
-        AdapterLabError: a tensor is missing, not announced or of another dtype or shape; what
-            :func:`.atomic.replacing` raises. Any failure leaves an existing file as it was.
+        AdapterLabError: a tensor is missing, not announced or of another dtype or shape; all
+            that :func:`.atomic.replacing` raises. A failure leaves an existing file as it was.
     """
     subject = f"Cannot write '{os.fspath(path)}'"
     with telling(subject):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import dataset, inspect, load, save, train
+from . import configure, dataset, inspect, load, save, train
 from .host import paths
 
 
@@ -15,5 +15,5 @@ class AdapterLabExtension(ComfyExtension):
         paths.register_demo_models()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (load, inspect, save, dataset, train)
+        modules = (load, inspect, save, dataset, configure, train)
         return [node for module in modules for node in module.NODES]

@@ -16,7 +16,7 @@ _CATEGORY = f"{CATEGORY}/train"
 _ALIASES = ["lora training", "training data", "dataset", "cached latents"]
 
 
-def _outputs() -> list[io.Output]:
+def _outputs() -> list[Any]:
     return [
         TrainDatasetType.Output(display_name="dataset", tooltip="For Train Adapter."),
         report_output("How many items of which sizes."),
@@ -97,8 +97,8 @@ class DatasetLoad(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str) -> float:
-        return (paths.find_dataset(name) / "dataset.json").stat().st_mtime
+    def fingerprint_inputs(cls, name: str) -> tuple[int, int]:
+        return paths.stamp(paths.find_dataset(name) / "dataset.json")
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:

@@ -10,13 +10,13 @@ from ..core.files import Adapter, read_adapter
 from ..core.keys import describe
 from .host import model as host
 from .host import paths
-from .types import CATEGORY, STRENGTH, adapter_input, panel, report_output
+from .types import CATEGORY, adapter_input, panel, report_output, strength_input
 
 _CATEGORY = f"{CATEGORY}/load"
 _ALIASES = ["lora", "locon", "loha", "lokr", "lycoris", "load lora", "adapter"]
 
 
-def _model_inputs() -> list[io.Input]:
+def _model_inputs() -> list[Any]:
     return [
         io.Model.Input("model", tooltip="The diffusion model to adapt. It is not changed itself."),
         io.Clip.Input(
@@ -27,17 +27,14 @@ def _model_inputs() -> list[io.Input]:
     ]
 
 
-def _strength_inputs() -> list[io.Input]:
+def _strength_inputs() -> list[Any]:
     return [
-        io.Float.Input(
+        strength_input(
             "strength_model",
-            **STRENGTH,
-            tooltip="m in W + m * delta for the diffusion model. 0 leaves it as it is, negative "
+            "m in W + m * delta for the diffusion model. 0 leaves it as it is, negative "
             "values push the other way.",
         ),
-        io.Float.Input(
-            "strength_clip", **STRENGTH, tooltip="The same for the text encoder."
-        ),
+        strength_input("strength_clip", "The same for the text encoder."),
         io.Combo.Input(
             "mode",
             options=["auto", "merge"],
@@ -55,7 +52,7 @@ def _strength_inputs() -> list[io.Input]:
     ]
 
 
-def _outputs() -> list[io.Output]:
+def _outputs() -> list[Any]:
     return [
         io.Model.Output(tooltip="The model with the adapter on it."),
         io.Clip.Output(tooltip="The text encoder with the adapter on it."),
@@ -95,6 +92,10 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, adapter_name: str, **_: Any) -> tuple[int, int]:
+        return paths.stamp(paths.adapter_path(adapter_name))
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -131,6 +132,10 @@ class AdapterFile(io.ComfyNode):
                 report_output("Algorithm, rank, key format and architecture of the file."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str) -> tuple[int, int]:
+        return paths.stamp(paths.adapter_path(adapter_name))
 
     @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:

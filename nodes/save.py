@@ -28,6 +28,40 @@ def _metadata(text: str) -> dict[str, str]:
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in table.items()}
 
 
+def _inputs() -> list[Any]:
+    return [
+        adapter_input("The adapter to save."),
+        io.String.Input(
+            "filename_prefix",
+            default="adapter",
+            tooltip="File name below output/loras, sub-folders allowed. A number is added; "
+            "no file is overwritten.",
+        ),
+        io.Combo.Input(
+            "key_format",
+            options=["comfyui", "kohya"],
+            default="comfyui",
+            tooltip="Spelling of the names in the file. comfyui loads in every ComfyUI, "
+            "kohya in A1111, Forge and sd-scripts as well.",
+        ),
+        io.Combo.Input(
+            "dtype",
+            options=list(DTYPES),
+            default="keep",
+            tooltip="Number format of the factors. fp16 and bf16 halve an fp32 file.",
+        ),
+        io.String.Input(
+            "metadata",
+            default="",
+            multiline=True,
+            optional=True,
+            advanced=True,
+            tooltip='More metadata as JSON, such as {"modelspec.author": "me"}. It is added '
+            "to what the adapter has.",
+        ),
+    ]
+
+
 class SaveAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -38,37 +72,7 @@ class SaveAdapter(io.ComfyNode):
             description="Writes an adapter to output/loras, where loaders find it.",
             search_aliases=["save lora", "export lora", "convert lora", "kohya"],
             is_output_node=True,
-            inputs=[
-                adapter_input("The adapter to save."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="adapter",
-                    tooltip="File name below output/loras, sub-folders allowed. A number is added; "
-                    "no file is overwritten.",
-                ),
-                io.Combo.Input(
-                    "key_format",
-                    options=["comfyui", "kohya"],
-                    default="comfyui",
-                    tooltip="Spelling of the names in the file. comfyui loads in every ComfyUI, "
-                    "kohya in A1111, Forge and sd-scripts as well.",
-                ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="keep",
-                    tooltip="Number format of the factors. fp16 and bf16 halve an fp32 file.",
-                ),
-                io.String.Input(
-                    "metadata",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip='More metadata as JSON, such as {"modelspec.author": "me"}. It is added '
-                    "to what the adapter has.",
-                ),
-            ],
+            inputs=_inputs(),
             outputs=[io.String.Output(display_name="path", tooltip="Full path of the file.")],
         )
 

@@ -1,4 +1,4 @@
-"""Train Adapter and what it is configured with."""
+"""Train Adapter."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.adapters import ALGORITHMS, AdapterConfig
+from ..core.adapters import AdapterConfig
 from ..core.files import Adapter
 from ..core.train.checkpoints import TrainRun
 from ..core.train.config import OptimizerConfig, TrainConfig
 from ..core.train.data import TrainDataset
-from ..core.train.targets import PRESETS, Targets
+from ..core.train.targets import Targets
 from .host import model as host
-from .host import paths, session
+from .host import paths
 from .host.trainer import Job, Trainer
 from .plots import loss_plot
 from .types import (
@@ -23,193 +23,17 @@ from .types import (
     TrainDatasetType,
     TrainRunType,
     TrainTargetsType,
-    lines,
     panel,
 )
 
 _CATEGORY = f"{CATEGORY}/train"
 
 
-class Config(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AdapterLabConfig",
-            display_name="Adapter Config",
-            category=_CATEGORY,
-            description="Which algorithm to train, and how large.",
-            search_aliases=["rank", "alpha", *ALGORITHMS],
-            inputs=[
-                io.Combo.Input(
-                    "algorithm",
-                    options=list(ALGORITHMS),
-                    tooltip="lora: works everywhere. loha: rank r^2 for the size of 2r. lokr: "
-                    "smallest files, Kronecker product.",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=16,
-                    min=1,
-                    max=4096,
-                    tooltip="Capacity: more rank learns more detail, makes a larger file and "
-                    "memorises sooner. 8 to 32 for most.",
-                ),
-                io.Float.Input(
-                    "alpha",
-                    default=16.0,
-                    min=0.0,
-                    max=4096.0,
-                    step=0.5,
-                    tooltip="The delta is scaled by alpha / rank. Equal to the rank is neutral; 0 "
-                    "means equal to the rank.",
-                ),
-                io.Int.Input(
-                    "factor",
-                    default=-1,
-                    min=-1,
-                    max=4096,
-                    advanced=True,
-                    tooltip="lokr: size of the first factor; -1 takes the most balanced split, "
-                    "small numbers make larger files.",
-                ),
-                io.Boolean.Input(
-                    "decompose_both",
-                    default=False,
-                    advanced=True,
-                    tooltip="lokr: low rank in the first factor as well.",
-                ),
-                io.Boolean.Input(
-                    "full_matrix",
-                    default=False,
-                    advanced=True,
-                    tooltip="lokr: no low rank at all; rank and alpha are then without effect.",
-                ),
-                io.Boolean.Input(
-                    "tucker",
-                    default=False,
-                    advanced=True,
-                    tooltip="Tucker decomposition of k x k convolutions: smaller, for models with "
-                    "convolutions.",
-                ),
-            ],
-            outputs=[AdapterConfigType.Output(display_name="config", tooltip="For Train Adapter.")],
-        )
-
-    @classmethod
-    def execute(cls, **options: Any) -> io.NodeOutput:
-        return io.NodeOutput(AdapterConfig(**options))
-
-
-class ChooseTargets(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        pattern = "One regular expression a line, matched against whole names such as "
-        return io.Schema(
-            node_id="AdapterLabTargets",
-            display_name="Training Targets",
-            category=_CATEGORY,
-            description="Which modules of the model to train. The node lists them before training.",
-            search_aliases=["lora modules", "exclude patterns", "include patterns", "blocks"],
-            has_intermediate_output=True,
-            inputs=[
-                io.Model.Input("model", tooltip="The model to train on."),
-                io.Combo.Input(
-                    "preset",
-                    options=list(PRESETS),
-                    tooltip=" ".join(f"{name}: {what}." for name, what in PRESETS.items()),
-                ),
-                io.String.Input(
-                    "exclude",
-                    default="",
-                    multiline=True,
-                    tooltip=f"{pattern}double_blocks.0.img_attn.qkv: modules to leave out.",
-                ),
-                io.String.Input(
-                    "include",
-                    default="",
-                    multiline=True,
-                    tooltip=f"{pattern}double_blocks.0.img_attn.qkv: modules to keep although "
-                    "excluded. Exclude .* to train only these.",
-                ),
-            ],
-            outputs=[
-                TrainTargetsType.Output(display_name="targets", tooltip="For Train Adapter."),
-                io.String.Output(display_name="modules", tooltip="The chosen modules."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model: Any, preset: str, exclude: str, include: str) -> io.NodeOutput:
-        targets = Targets(preset, lines(exclude), lines(include))
-        modules = session.layers(model)
-        chosen = targets.select(modules, host.architecture(model))
-        text = "\n".join([f"{len(chosen)} of {len(modules)} modules", *chosen])
-        return io.NodeOutput(targets, text, ui=panel(text))
-
-
-class Optimizer(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AdapterLabOptimizer",
-            display_name="Optimizer",
-            category=_CATEGORY,
-            description="How the factors are updated.",
-            search_aliases=["learning rate", "adamw", "weight decay", "warmup"],
-            inputs=[
-                io.Combo.Input("optimizer", options=["AdamW"], tooltip="The update rule."),
-                io.Float.Input(
-                    "learning_rate",
-                    default=1e-4,
-                    min=1e-8,
-                    max=1.0,
-                    step=1e-6,
-                    round=False,
-                    tooltip="Step size. 1e-4 for most models and LoRA; too high gives noise, too "
-                    "low learns nothing.",
-                ),
-                io.Float.Input(
-                    "weight_decay",
-                    default=0.01,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    round=False,
-                    tooltip="Pull of the factors towards zero.",
-                ),
-                io.Float.Input(
-                    "clip",
-                    default=1.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="Longest gradient of a step; longer ones are shortened. 0 for no limit.",
-                ),
-                io.Int.Input(
-                    "warmup",
-                    default=0,
-                    min=0,
-                    max=100_000,
-                    advanced=True,
-                    tooltip="Steps over which the learning rate rises from 0.",
-                ),
-            ],
-            outputs=[
-                OptimizerConfigType.Output(display_name="optimizer", tooltip="For Train Adapter.")
-            ],
-        )
-
-    @classmethod
-    def execute(cls, **options: Any) -> io.NodeOutput:
-        return io.NodeOutput(OptimizerConfig(**options))
-
-
 def _count(name: str, default: int, least: int, tooltip: str) -> io.Input:
     return io.Int.Input(name, default=default, min=least, max=10_000_000, tooltip=tooltip)
 
 
-def _train_inputs() -> list[io.Input]:
+def _train_inputs() -> list[Any]:
     return [
         io.Model.Input("model", tooltip="The model to train on. It is left as it is."),
         TrainDatasetType.Input("dataset", tooltip="What to learn."),
@@ -243,6 +67,11 @@ def _train_inputs() -> list[io.Input]:
             tooltip="blocks: keep only the inputs of each block and compute the rest again, much "
             "less memory for a third more time. auto: on for GPUs.",
         ),
+    ]
+
+
+def _train_sockets() -> list[Any]:
+    return [
         AdapterConfigType.Input(
             "config", optional=True, tooltip="Algorithm and rank; LoRA of rank 16 without."
         ),
@@ -275,7 +104,7 @@ class Train(io.ComfyNode):
             search_aliases=["train lora", "finetune", "fine-tune", "dreambooth", "lora trainer"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            inputs=_train_inputs(),
+            inputs=[*_train_inputs(), *_train_sockets()],
             outputs=[
                 io.Model.Output(tooltip="The model with the adapter on it."),
                 io.LoraModel.Output(display_name="adapter", tooltip="The trained adapter."),
@@ -327,4 +156,4 @@ class Train(io.ComfyNode):
         return io.NodeOutput(adapted.model, result.adapter, job.run, losses, plot, ui=ui)
 
 
-NODES = [Config, ChooseTargets, Optimizer, Train]
+NODES = [Train]

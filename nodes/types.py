@@ -14,7 +14,10 @@ AdapterConfigType = io.Custom("ADAPTER_CONFIG")
 OptimizerConfigType = io.Custom("OPTIMIZER_CONFIG")
 TrainRunType = io.Custom("TRAIN_RUN")
 
-STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+
+def strength_input(name: str, tooltip: str) -> io.Input:
+    """A strength widget."""
+    return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip)
 
 
 def adapter_input(tooltip: str) -> io.Input:

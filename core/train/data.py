@@ -119,30 +119,30 @@ class TrainDataset:
         return "\n".join(lines)
 
 
-def save_dataset(folder: Path, dataset: TrainDataset) -> None:
-    """Write ``dataset`` as the new ``folder``, which appears whole or not at all.
+class _Store:
+    """Tensors under way to a file, each once, and values that refer to them by name."""
 
-    Raises:
-        AdapterLabError: the folder exists with other content, or a conditioning holds something
-            that is neither tensor, number nor text.
-    """
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
 
-    def store(tensor: Tensor, name: str) -> str:
-        # The same tensor of several items is stored once.
-        known = names.setdefault(id(tensor), name)
-        tensors.setdefault(known, tensor)
+    def name(self, tensor: Tensor | None, name: str) -> str | None:
+        """The name under which ``tensor`` is stored: ``name``, or that of an earlier item."""
+        if tensor is None:
+            return None
+        known = self._names.setdefault(id(tensor), name)
+        self.tensors.setdefault(known, tensor)
         return known
 
-    def encode(value: Any, name: str) -> Any:
+    def encode(self, value: Any, name: str) -> Any:
+        """``value`` as JSON; raises on what is neither tensor, number, text nor made of them."""
         if isinstance(value, Tensor):
-            return {_REF: store(value, name)}
+            return {_REF: self.name(value, name)}
         if isinstance(value, dict):
             pairs = cast(dict[str, Any], value).items()
-            return {k: encode(v, f"{name}.{k}") for k, v in pairs}
+            return {k: self.encode(v, f"{name}.{k}") for k, v in pairs}
         if isinstance(value, (list, tuple)):
-            return [encode(v, f"{name}.{i}") for i, v in enumerate(cast(list[Any], value))]
+            return [self.encode(v, f"{name}.{i}") for i, v in enumerate(cast(list[Any], value))]
         if value is None or isinstance(value, (str, int, float, bool)):
             return value
         raise AdapterLabError(
@@ -152,24 +152,33 @@ def save_dataset(folder: Path, dataset: TrainDataset) -> None:
             fix="Train on conditioning without ControlNet, hooks or masks",
         )
 
+
+def save_dataset(folder: Path, dataset: TrainDataset) -> None:
+    """Write ``dataset`` as the new ``folder``, which appears whole or not at all.
+
+    Raises:
+        AdapterLabError: the folder exists with other content, or a conditioning holds something
+            that is neither tensor, number nor text.
+    """
+    store = _Store()
     rows = [
         {
             "caption": item.caption,
             "weight": item.weight,
-            "latent": store(item.latent, f"{i}.latent"),
-            "mask": None if item.mask is None else store(item.mask, f"{i}.mask"),
-            "cond": None if item.cond is None else store(item.cond, f"{i}.cond"),
-            "extra": {k: encode(v, f"{i}.{k}") for k, v in item.extra.items()},
+            "latent": store.name(item.latent, f"{i}.latent"),
+            "mask": store.name(item.mask, f"{i}.mask"),
+            "cond": store.name(item.cond, f"{i}.cond"),
+            "extra": {k: store.encode(v, f"{i}.{k}") for k, v in item.extra.items()},
         }
         for i, item in enumerate(dataset)
     ]
     listing = json.dumps({"format": FORMAT, "version": VERSION, "items": rows}, indent=1)
     if folder.exists():
-        _require_same(folder, listing, tensors)
+        _require_same(folder, listing, store.tensors)
         return
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        write_adapter(staging / _DATA, Adapter(tensors))
+        write_adapter(staging / _DATA, Adapter(store.tensors))
         (staging / _JSON).write_text(listing, encoding="utf-8")
         staging.rename(folder)
     finally:

@@ -22,6 +22,8 @@ class AdapterPatch(WeightAdapterBase):
 
     name = "adapter_lab"
 
+    weights: tuple[str, float, tuple[tuple[str, Tensor], ...]]  # pyright: ignore
+
     def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
         self.loaded_keys, self.weights = loaded_keys, weights
 

@@ -13,7 +13,8 @@ from ...core.train.data import TrainDataset, TrainItem
 
 # Conditioning that describes a sampling run or a region, not a training sample.
 _UNSUPPORTED = (
-    "control", "hooks", "gligen", "area", "mask", "start_percent", "end_percent", "additional_models",
+    "control", "hooks", "gligen", "area", "mask", "start_percent", "end_percent",
+    "additional_models",
 )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ import folder_paths
 from ...core.errors import AdapterLabError
 
 DEMO = Path(__file__).resolve().parents[2] / "workflows" / "demo"
-_DEMO_MODELS = ("diffusion_models", "vae")
+_DEMO_MODELS = ("diffusion_models", "vae", "loras")
 # What Windows, Linux and macOS refuse in a file name, and what would leave the folder.
-_FORBIDDEN = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
+_FORBIDDEN = re.compile(r'^\.|[\x00-\x1f<>:"/\\|?*]|\.$|^$')
 
 
 def register_demo_models() -> None:
@@ -48,6 +48,12 @@ def adapter_path(name: str) -> str:
     return path
 
 
+def stamp(path: str | Path) -> tuple[int, int]:
+    """What changes when a file is replaced, so that ComfyUI reads it again."""
+    found = Path(path).stat()
+    return found.st_mtime_ns, found.st_size
+
+
 def checked_name(name: str, what: str) -> str:
     """``name`` if it can name a folder of ours.
 
@@ -55,7 +61,7 @@ def checked_name(name: str, what: str) -> str:
         AdapterLabError: empty, or it would leave its folder or is no file name somewhere.
     """
     stripped = name.strip()
-    if not stripped or _FORBIDDEN.search(stripped) or stripped.startswith(".") or stripped.endswith("."):
+    if _FORBIDDEN.search(stripped):
         raise AdapterLabError(
             f"The {what} '{name}' cannot name a folder",
             expected="letters, digits, spaces, '-', '_' and inner dots, no path",
@@ -100,8 +106,8 @@ def numbered(prefix: str, root: str, suffix: str = ".safetensors") -> Path:
         AdapterLabError: the prefix leads out of the folder.
     """
     base = output(root)
-    target = Path(f"{base}/{prefix}").resolve()
-    if not prefix.strip() or prefix.endswith(("/", "\\")) or not target.is_relative_to(base.resolve()):
+    inside = Path(f"{base}/{prefix}").resolve().is_relative_to(base.resolve())
+    if not inside or not prefix.strip() or prefix.endswith(("/", "\\")):
         raise AdapterLabError(
             f"The prefix '{prefix}' does not name a file inside {root}",
             expected="a name such as 'my_adapter' or 'styles/my_adapter'",

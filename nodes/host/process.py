@@ -78,7 +78,7 @@ class HostProcess:
         Raises:
             AdapterLabError: the model can't read a conditioning.
         """
-        kinds = {(item.latent.shape, item.cond is not None and item.cond.shape): item for item in items}
+        kinds = {(i.latent.shape, () if i.cond is None else i.cond.shape): i for i in items}
         for (_, text), item in kinds.items():
             try:
                 with torch.no_grad():
@@ -90,7 +90,7 @@ class HostProcess:
                 shape = " x ".join(map(str, text)) if text else "no"
                 raise AdapterLabError(
                     "The model cannot read the dataset's conditioning",
-                    found=f"{shape} text conditioning and {', '.join(item.extra) or 'nothing else'} "
+                    found=f"{shape} text conditioning and {', '.join(item.extra) or 'no more'} "
                     f"(torch says: {err})",
                     fix="Encode the captions with the text encoder that belongs to this model",
                 ) from err

@@ -70,9 +70,7 @@ class Session:
         blocks: names of the modules to checkpoint, none for no checkpointing.
     """
 
-    def __init__(
-        self, model: Any, adapters: Mapping[str, Algorithm], blocks: list[str]
-    ) -> None:
+    def __init__(self, model: Any, adapters: Mapping[str, Algorithm], blocks: list[str]) -> None:
         # Weights of a dynamic model may be evicted between forward and backward.
         self.patcher = model.clone(disable_dynamic=True) if model.is_dynamic() else model
         self.adapters, self.blocks = adapters, blocks
@@ -151,12 +149,12 @@ def _plain_tensors(model: nn.Module) -> Iterator[None]:
     swapped: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for path, module in model.named_modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is None or not tensor.is_inference():
-                    continue
-                table = module._parameters if name in module._parameters else module._buffers
-                swapped.append((table, name, tensor))
-                table[name] = _alias(tensor, f"{path}.{name}")
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_inference():
+                        swapped.append((table, name, tensor))
+                        table[name] = _alias(tensor, f"{path}.{name}")
         yield
     finally:
         for table, name, tensor in swapped:
@@ -172,9 +170,7 @@ def _alias(tensor: Tensor, name: str) -> Tensor:
             fix="Load the unquantised model",
         )
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    plain.set_(
-        tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
-    )
+    plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     is_parameter = isinstance(tensor, nn.Parameter)
     return nn.Parameter(plain, requires_grad=False) if is_parameter else plain
 

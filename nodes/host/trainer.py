@@ -28,7 +28,6 @@ from .process import HostProcess
 from .progress import Bar
 from .session import Session, blocks, layers
 
-
 _PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v", "V_PREDICTION_EDM": "v"}
 
 
@@ -88,7 +87,10 @@ class Trainer:
         job = self.job
         try:
             # Loading a model patches it in place, which its inference tensors allow only there.
-            with torch.inference_mode(), Session(job.model, self.adapters, self._blocks()) as session:
+            with (
+                torch.inference_mode(),
+                Session(job.model, self.adapters, self._blocks()) as session,
+            ):
                 self.process = HostProcess(session)
                 self.process.check([*job.dataset, *(job.validation or ())])
                 self.bar.say("measuring the loss before training" if job.validation else "")
@@ -138,9 +140,7 @@ class Trainer:
     def _restore(self) -> Progress:
         if not self.job.run.state.exists():
             return Progress()
-        return snapshot.load(
-            self.job.run.state, self.adapters, self.optimizer, self._identity()
-        )
+        return snapshot.load(self.job.run.state, self.adapters, self.optimizer, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         """What factors and moments depend on; the rest may change when a run is resumed."""
@@ -163,14 +163,15 @@ class Trainer:
 
     def _fresh(self) -> dict[str, Algorithm]:
         job, algorithm = self.job, ALGORITHMS[self.job.adapter.algorithm]
-        modules = layers(job.model)
+        weights = shapes(job.model.model)
+        chosen = job.targets.select(layers(job.model), self.arch)
         return {
             name: algorithm.init(
-                tuple(modules[name].weight.shape),
+                weights[f"{DIFFUSION}{name}.weight"],
                 job.adapter,
                 generator(job.config.seed, f"init {name}"),
             )
-            for name in job.targets.select(modules, self.arch)
+            for name in chosen
         }
 
     def _blocks(self) -> list[str]:

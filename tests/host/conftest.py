@@ -19,7 +19,7 @@ sys.path.insert(0, COMFYUI)
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
-import comfy.cli_args  # noqa: E402, F401
+import comfy.cli_args  # noqa: E402
 
 sys.argv = _argv
 
@@ -28,9 +28,9 @@ import folder_paths  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 
-
 # ComfyUI has a module of this name, too.
-_spec = importlib.util.spec_from_file_location("comfy_server", Path(__file__).parents[1] / "server.py")
+_file = Path(__file__).parents[1] / "server.py"
+_spec = importlib.util.spec_from_file_location("comfy_server", _file)
 sys.modules["comfy_server"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["comfy_server"])
 

@@ -18,7 +18,11 @@ from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 
 LAYERS = {
-    "flux": ["double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.0", "single_blocks.0.linear2"],
+    "flux": [
+        "double_blocks.0.img_attn.qkv",
+        "double_blocks.0.txt_mlp.0",
+        "single_blocks.0.linear2",
+    ],
     "wan": ["blocks.0.self_attn.q", "blocks.1.ffn.0", "blocks.1.cross_attn.o"],
     "sd15": [
         "input_blocks.1.0.in_layers.2",
@@ -63,7 +67,8 @@ def trained(model, kind, algorithm, seed, multiplier=1.0):
 
 def inputs(module):
     rng = torch.Generator().manual_seed(2)
-    shape = (3, module.in_features) if hasattr(module, "in_features") else (1, module.in_channels, 6, 6)
+    is_linear = hasattr(module, "in_features")
+    shape = (3, module.in_features) if is_linear else (1, module.in_channels, 6, 6)
     return torch.randn(shape, generator=rng)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,19 @@ import pytest
 from adapter_lab.tests.server import Server
 
 COMFYUI = os.environ["ADAPTER_LAB_COMFYUI"]
-TOOK = re.compile(r"([\d.]+) seconds(.*): (.+)")
+# What ComfyUI has imported by the time it comes to custom nodes, but for its own extra nodes.
+IMPORT_TIME = """
+import asyncio, sys, time
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, {comfyui!r})
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy_api.latest, execution, nodes, server
+start = time.process_time()
+import adapter_lab
+asyncio.run(adapter_lab.comfy_entrypoint())
+print("seconds", time.process_time() - start)
+"""
 
 
 @pytest.fixture(scope="module", params=["adapter-lab", "My pack, v1.0 (copy)"])
@@ -32,12 +43,18 @@ def test_gives_its_nodes(server: Server) -> None:
     assert all(info["category"].split("/")[0] == "adapter lab" for info in ours.values())
 
 
-def test_loads_fast_and_says_nothing(server: Server) -> None:
-    """ComfyUI's own line with the seconds is the only one that names the pack."""
-    lines = [line for line in server.log.splitlines() if server.folder in line]
-    times = [found for line in lines if (found := TOOK.search(line))]
-    assert len(times) == len(lines) == 1, lines
-    assert float(times[0][1]) <= 0.1 and not times[0][2]
+def test_loads_without_a_word(server: Server) -> None:
+    """The only line that names the pack is ComfyUI's own, with the seconds."""
+    folder = str(Path("custom_nodes", server.folder))
+    (line,) = [line for line in server.log.splitlines() if folder in line]
+    assert "seconds: " in line
+
+
+def test_loads_fast() -> None:
+    """In processor time, since others may be using the machine; modules compiled before."""
+    command = [sys.executable, "-I", "-c", IMPORT_TIME.format(comfyui=COMFYUI)]
+    runs = [subprocess.check_output(command, text=True).split() for _ in range(2)]
+    assert min(float(run[run.index("seconds") + 1]) for run in runs) < 0.1
 
 
 def test_templates_and_scripts_are_served(server: Server) -> None:

@@ -57,8 +57,9 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     whole = save(good())
     size = struct.unpack("<Q", whole[:8])[0]
     header = json.loads(whole[8 : 8 + size])
-    claims = dict(header)
-    claims["more"] = {"dtype": "F32", "shape": [4096], "data_offsets": [len(whole), len(whole) + 16384]}
+    end = max(entry["data_offsets"][1] for entry in header.values())
+    more = {"dtype": "F32", "shape": [4096], "data_offsets": [end, end + 16384]}
+    claims = header | {"more": more}
     name = next(iter(header))
     twice = f'{{"{name}": {json.dumps(header[name])}, "{name}": {json.dumps(header[name])}}}'
     up, down = "lora_up.weight", "lora_down.weight"
@@ -95,17 +96,8 @@ def server(tmp_path_factory):
 
 
 def prompt(*nodes) -> dict:
-    """API prompt of (class, inputs); a number in an input links to that node's first output."""
-    return {
-        str(i): {
-            "class_type": kind,
-            "inputs": {
-                k: [str(v), 0] if type(v) is int and k not in ("steps", "batch_size", "seed", "index", "rank") else v
-                for k, v in inputs.items()
-            },
-        }
-        for i, (kind, inputs) in enumerate(nodes)
-    }
+    """API prompt of (class, inputs), numbered from 0."""
+    return {str(i): {"class_type": n, "inputs": values} for i, (n, values) in enumerate(nodes)}
 
 
 MODEL = ("UNETLoader", {"unet_name": "flux.safetensors", "weight_dtype": "default"})
@@ -114,19 +106,19 @@ SHOW = ("PreviewAny", {"source": ["1", 2]})
 
 
 def load(name: str) -> dict:
-    loader = ("AdapterLabLoader", {"model": 0, "adapter_name": name, **APPLY})
+    loader = ("AdapterLabLoader", {"model": ["0", 0], "adapter_name": name, **APPLY})
     return prompt(MODEL, loader, SHOW)
 
 
 def training(dataset="noise", **options) -> dict:
     inputs = dict(
-        run_name="run", steps=3, batch_size=2, accumulation=1.0, seed=0, save_every=1.0,
-        keep_last=0.0, on_existing="resume", checkpointing="auto",
+        run_name="run", steps=3, batch_size=2, accumulation=1, seed=0, save_every=1,
+        keep_last=0, on_existing="resume", checkpointing="auto",
     ) | options  # fmt: skip
     return prompt(
         MODEL,
         ("AdapterLabDatasetLoad", {"name": dataset}),
-        ("AdapterLabTrain", {"model": 0, "dataset": 1, **inputs}),
+        ("AdapterLabTrain", {"model": ["0", 0], "dataset": ["1", 0], **inputs}),
         ("AdapterLabSave", {"adapter": ["2", 1], "filename_prefix": "mine/x", "key_format": "kohya",
                             "dtype": "bf16", "metadata": '{"modelspec.author": "me"}'}),
     )  # fmt: skip
@@ -224,13 +216,20 @@ def test_cancel_stops_within_a_step_and_keeps_what_was_learned(server):
     assert resumed.ok and f"resumed at {steps[-1]}" in resumed.texts["2"]
 
 
+def test_replaced_file_is_read_again(server):
+    path = server.base / "models" / "loras" / "replaced.safetensors"
+    for rank in (2, 3):
+        write_adapter(path, Adapter(good(rank)))
+        assert f"rank {rank}" in server.run(load(path.name)).texts["1"]
+
+
 def test_dataset_from_the_graph(server):
-    item = ("AdapterLabDatasetItem", {"dataset": 0, "index": 1})
+    item = ("AdapterLabDatasetItem", {"dataset": ["0", 0], "index": 1})
     result = server.run(
         prompt(
             ("AdapterLabDatasetLoad", {"name": "noise"}),
             item,
-            ("AdapterLabDataset", {"latents": 1, "conditioning": ["1", 1], "name": "copy"}),
+            ("AdapterLabDataset", {"latents": ["1", 0], "conditioning": ["1", 1], "name": "copy"}),
             ("PreviewAny", {"source": ["2", 1]}),
         )
     )

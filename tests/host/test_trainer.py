@@ -65,7 +65,7 @@ def test_run_writes_adapters_that_load(load, kind, algorithm, checkpointing):
     )  # fmt: skip
     assert torch.equal(output(model, kind), before)
     files = paths.run_adapters("run").glob("*.safetensors")
-    assert sorted(f.name for f in files) == ["run-step00000002.safetensors", "run-step00000004.safetensors"]
+    assert sorted(f.stem for f in files) == ["run-step00000002", "run-step00000004"]
     stored = read_adapter(paths.run_adapters("run") / "run-step00000004.safetensors")
     assert stored.keys() == result.adapter.keys()
     assert all(torch.equal(stored[k], t) for k, t in result.adapter.items())
