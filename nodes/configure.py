@@ -23,6 +23,13 @@ from .types import (
 _CATEGORY = f"{CATEGORY}/train"
 
 
+_SWITCHES = {
+    "decompose_both": "lokr: low rank in the first factor as well.",
+    "full_matrix": "lokr: no low rank at all; rank and alpha are then without effect.",
+    "tucker": "Tucker decomposition of k x k convolutions: smaller, for models with convolutions.",
+}
+
+
 def _switch(name: str, tooltip: str) -> io.Input:
     return io.Boolean.Input(name, default=False, advanced=True, tooltip=tooltip)
 
@@ -61,12 +68,7 @@ def _adapter_inputs() -> list[Any]:
             tooltip="lokr: size of the first factor; -1 takes the most balanced split, "
             "small numbers make larger files.",
         ),
-        _switch("decompose_both", "lokr: low rank in the first factor as well."),
-        _switch("full_matrix", "lokr: no low rank at all; rank and alpha are then without effect."),
-        _switch(
-            "tucker",
-            "Tucker decomposition of k x k convolutions: smaller, for models with convolutions.",
-        ),
+        *(_switch(name, tooltip) for name, tooltip in _SWITCHES.items()),
     ]
 
 
