@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import comfy.model_management
 import comfy.utils
 from server import PromptServer
+
+
+INTERVAL = 0.25  # seconds between two texts, which a browser lays out anew each time
 
 
 class Bar:
@@ -12,13 +17,15 @@ class Bar:
 
     def __init__(self, total: int, node_id: str | None) -> None:
         self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
-        self.total, self.node_id = total, node_id
+        self.total, self.node_id, self.due = total, node_id, 0.0
 
     def update(self, value: int, text: str = "") -> None:
         """Move the bar to ``value`` and show ``text``; raises when the user cancelled."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.bar.update_absolute(value, self.total)
-        self.say(text)
+        if time.monotonic() >= self.due or value >= self.total:
+            self.say(text)
+            self.due = time.monotonic() + INTERVAL
 
     def say(self, text: str) -> None:
         """Show ``text`` below the node."""

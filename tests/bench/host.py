@@ -13,7 +13,7 @@ _argv, sys.argv = sys.argv, ["main.py", "--cpu"]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
-import comfy.cli_args  # noqa: E402, F401
+import comfy.cli_args  # noqa: E402
 
 sys.argv = _argv
 import comfy.utils  # noqa: E402

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import host
-import nodes
 import tiny
 import torch
 from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig
@@ -13,8 +12,10 @@ from adapter_lab.core.files import Adapter, write_adapter
 from adapter_lab.core.train.random import generator
 from adapter_lab.nodes.host.session import layers
 from adapter_lab.nodes.load import LoadAdapter
-from pairs import timed
 from comfy.sd import load_diffusion_model
+from pairs import timed
+
+import nodes
 
 PAIRS, RANK, NAME = 15, 64, "bench.safetensors"
 

@@ -20,7 +20,7 @@ from adapter_lab.nodes.host.trainer import Job, Trainer
 from comfy.sd import load_diffusion_model
 from comfy_extras.nodes_train import TrainLoraNode
 
-STEPS, PAIRS, RANK = 20, 5, 16
+STEPS, PAIRS, RANK = 8, 5, 16
 SIZES = {"flux": (16, 32, 32), "wan": (16, 1, 32, 32)}
 _numbers = itertools.count()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_lab.core.train.data import load_dataset
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -72,6 +73,19 @@ def test_dataset_is_whole(name):
         used.update(names)
     assert used == set(tensors)
     assert all(torch.isfinite(t).all() for t in tensors.values())
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_pack_reads_dataset(name):
+    items, tensors = rows(name)
+    for item, row in zip(load_dataset(DEMO / "datasets" / name), items, strict=True):
+        names = row["conditioning"]
+        assert (item.caption, item.weight) == (row["caption"], row["weight"])
+        assert torch.equal(item.latent, tensors[row["latent"]])
+        assert torch.equal(item.cond, tensors[names["cond"]])
+        assert item.extra.keys() == {"pooled_output"}
+        pooled = tensors[names["extra"]["pooled_output"]]
+        assert torch.equal(item.extra["pooled_output"], pooled)
 
 
 @pytest.mark.parametrize("name", DATASETS)

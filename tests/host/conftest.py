@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -27,13 +26,6 @@ import comfy.sd  # noqa: E402
 import folder_paths  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
-
-# ComfyUI has a module of this name, too.
-_file = Path(__file__).parents[1] / "server.py"
-_spec = importlib.util.spec_from_file_location("comfy_server", _file)
-sys.modules["comfy_server"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sys.modules["comfy_server"])
-
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
