@@ -8,7 +8,6 @@ import comfy.model_management
 import comfy.utils
 from server import PromptServer
 
-
 INTERVAL = 0.25  # seconds between two texts, which a browser lays out anew each time
 
 

@@ -27,6 +27,7 @@ import folder_paths  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Kind of architecture -> a tiny checkpoint of it, written once."""
