@@ -34,6 +34,10 @@ def rows(name):
     return listing["items"], load_file(DEMO / "datasets" / name / "data.safetensors")
 
 
+def pooled_name(item):
+    return item["extra"]["pooled_output"]["$tensor"]
+
+
 def test_sizes():
     assert FLUX.stat().st_size + VAE.stat().st_size <= 8_000_000
     assert sum(p.stat().st_size for p in DEMO.rglob("*") if p.is_file()) <= 8_300_000
@@ -66,8 +70,7 @@ def test_dataset_is_whole(name):
     items, tensors = rows(name)
     used = set()
     for item in items:
-        conditioning = item["conditioning"]
-        names = item["latent"], conditioning["cond"], conditioning["extra"]["pooled_output"]
+        names = item["latent"], item["cond"], pooled_name(item)
         assert [tuple(tensors[n].shape) for n in names] == [(16, 8, 8), (4, 64), (64,)]
         assert item["weight"] > 0 and item["mask"] is None
         used.update(names)
@@ -79,12 +82,11 @@ def test_dataset_is_whole(name):
 def test_pack_reads_dataset(name):
     items, tensors = rows(name)
     for item, row in zip(load_dataset(DEMO / "datasets" / name), items, strict=True):
-        names = row["conditioning"]
         assert (item.caption, item.weight) == (row["caption"], row["weight"])
         assert torch.equal(item.latent, tensors[row["latent"]])
-        assert torch.equal(item.cond, tensors[names["cond"]])
+        assert torch.equal(item.cond, tensors[row["cond"]])
         assert item.extra.keys() == {"pooled_output"}
-        pooled = tensors[names["extra"]["pooled_output"]]
+        pooled = tensors[pooled_name(row)]
         assert torch.equal(item.extra["pooled_output"], pooled)
 
 
@@ -93,9 +95,8 @@ def test_conditioning_is_that_of_the_caption(name, demo):
     items, tensors = rows(name)
     for item in items:
         cond, pooled = demo("shapes").encode_caption(item["caption"])
-        conditioning = item["conditioning"]
-        np.testing.assert_array_equal(tensors[conditioning["cond"]], cond)
-        np.testing.assert_array_equal(tensors[conditioning["extra"]["pooled_output"]], pooled)
+        np.testing.assert_array_equal(tensors[item["cond"]], cond)
+        np.testing.assert_array_equal(tensors[pooled_name(item)], pooled)
 
 
 def test_concept_is_new_and_validation_is_held_out(demo):
