@@ -19,6 +19,7 @@ HERE = Path(os.path.abspath(__file__)).parent
 sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "demo")]
 # The demo: train an adapter, then load the saved file as any other.
 DEMO = ("train_adapter", "load_adapter")
+LONGEST_TEXT = 12  # lines; a list of all modules would hide the rest
 
 import comfyui  # noqa: E402
 import provision  # noqa: E402
@@ -91,14 +92,16 @@ def report(path: Path, prompt: dict, result, base: Path) -> int:
 
     print(f"\n===== {path.name}")
     for node, text in result.texts.items():
-        if text.strip().count("\n") or prompt[node]["class_type"] == "AdapterLabLoader":
+        if text.strip().count("\n") < LONGEST_TEXT:
             print(f"--- {prompt[node]['_meta']['title']}\n{text.strip()}\n")
-    for line in figures(prompt, result, base):
+    for line in figures(prompt, result, base, path.stem):
         print(line)
-    for kind, files in (("picture", result.files(base)),
-                        ("adapter", sorted((base / "output" / "loras").rglob("*.safetensors")))):
-        for file in files:
-            print(f"{kind}: {file}")
+    saved = sorted((base / "output" / "loras").rglob("*.safetensors"))
+    for kind, files in (("pictures", result.files(base)), ("adapters", saved)):
+        for folder in sorted({file.parent for file in files}):
+            names = sorted(file.name for file in files if file.parent == folder)
+            more = f" ... {names[-1]} ({len(names)})" if len(names) > 1 else ""
+            print(f"{kind}: {folder}{os.sep}{names[0]}{more}")
     print(f"finished in {result.seconds:.0f} s")
     return 0
 

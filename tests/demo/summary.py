@@ -7,31 +7,53 @@ import numpy as np
 from PIL import Image
 
 CONCEPT = "star"
+CELL, GAP = 96, 4  # pixels
 SAID = re.compile(r"^(?:held-out loss|training loss) .*|^[\d.]+ s/step$", re.MULTILINE)
 
 
-def figures(prompt, result, base):
+def figures(prompt, result, base, name):
     """Lines of a summary: losses and pace, then what the pictures show without and with."""
     trained = "\n".join(
         text for node, text in result.texts.items()
         if prompt[node]["class_type"] == "AdapterLabTrain"
     )  # fmt: skip
-    return SAID.findall(trained) + [
-        f"{title}: {_shares(readings)}" for title, readings in _read(prompt, result, base)
-    ]
-
-
-def _read(prompt, result, base):
-    """Title of each node that saved pictures, with (caption, Reading) of each picture."""
-    captions = _captions(prompt, result)
-    for node, output in result.outputs.items():
-        if prompt[node]["class_type"] != "SaveImage" or not captions:
-            continue
-        files = [base / o["type"] / o["subfolder"] / o["filename"] for o in output["images"]]
-        each = len(files) // len(captions)
+    captions, saved = _captions(prompt, result), _saved(prompt, result, base)
+    lines = SAID.findall(trained)
+    if not captions or not saved:
+        return lines
+    for title, files in saved.items():
+        asked = [caption for caption in captions for _ in range(len(files) // len(captions))]
         readings = [measure.read(np.asarray(Image.open(f).convert("RGB"))) for f in files]
-        asked = [caption for caption in captions for _ in range(each)]
-        yield prompt[node]["_meta"]["title"], list(zip(asked, readings, strict=True))
+        lines.append(f"{title}: {_shares(list(zip(asked, readings, strict=True)))}")
+    path = base / "output" / "adapter_lab" / f"{name}.png"
+    sheet(list(saved.values()), len(captions)).save(path)
+    return [*lines, f"left without, right with the adapter, a prompt a row: {path}"]
+
+
+def sheet(halves, rows, shown=None, cell=CELL):
+    """Pictures of each half side by side, a prompt a row, at most ``shown`` of each prompt."""
+    each = len(halves[0]) // rows
+    shown = min(each, shown or each)
+    side = shown * (cell + GAP)
+    size = (len(halves) * (side + 3 * GAP) - 4 * GAP, rows * (cell + GAP) - GAP)
+    image = Image.new("RGB", size, "#202020")
+    for i, half in enumerate(halves):
+        for row in range(rows):
+            for column, file in enumerate(half[row * each : row * each + shown]):
+                picture = Image.open(file).resize((cell, cell), Image.Resampling.LANCZOS)
+                corner = i * (side + 3 * GAP) + column * (cell + GAP), row * (cell + GAP)
+                image.paste(picture, corner)
+    return image
+
+
+def _saved(prompt, result, base):
+    """Title of each node that saved pictures -> its files, what is without an adapter first."""
+    found = {}
+    for node, output in result.outputs.items():
+        if prompt[node]["class_type"] == "SaveImage":
+            images = [base / o["type"] / o["subfolder"] / o["filename"] for o in output["images"]]
+            found[prompt[node]["_meta"]["title"]] = images
+    return dict(sorted(found.items(), key=lambda pair: "ithout" not in pair[0]))
 
 
 def _captions(prompt, result):
