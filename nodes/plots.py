@@ -26,7 +26,7 @@ def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) 
     # The range of what is to be read; outliers of single batches may leave the picture.
     shown = [*smooth, *(loss for _, loss in validation)] or [0.0, 1.0]
     pad = 0.15 * (max(shown) - min(shown)) or 0.1 * abs(shown[0]) or 1.0
-    low, high = min(shown) - pad, max(shown) + pad
+    low, high = max(min(shown) - pad, 0.0), max(shown) + pad
     steps = max(len(losses), 1)
 
     def at(step: float, loss: float) -> tuple[float, float]:

@@ -89,7 +89,8 @@ class SaveAdapter(io.ComfyNode):
         written.metadata.update(_metadata(metadata))
         path = paths.numbered(filename_prefix, "loras")
         write_adapter(path, written, overwrite=False)
-        return io.NodeOutput(str(path), ui=panel(f"saved {len(written)} tensors to {path}"))
+        shown = path.relative_to(paths.output()).as_posix()
+        return io.NodeOutput(str(path), ui=panel(f"saved {len(written)} tensors to {shown}"))
 
 
 NODES = [SaveAdapter]

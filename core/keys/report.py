@@ -97,7 +97,7 @@ class Report:
             fix = f"Most often: {reasons.most_common(1)[0][0]}"
         return AdapterLabError(
             f"Nothing in {subject} fits this model",
-            found=f"{self.total} modules for {title(self.file_architecture)}{form}",
+            found=f"{self.total} module{'s' * (self.total != 1)} for {title(self.file_architecture)}{form}",
             expected=f"modules of {title(self.architecture)}",
             fix=fix,
         )

@@ -111,12 +111,16 @@ class TrainDataset:
 
     def to_text(self) -> str:
         """What is in it, a line per latent shape."""
-        captions = len({item.caption for item in self.items})
+        captions = {item.caption for item in self.items} - {""}
         masks = sum(item.mask is not None for item in self.items)
-        lines = [f"{len(self)} items, {captions} different captions, {masks} masks"]
-        for shape, members in self.buckets.items():
-            lines.append(f"  {len(members)} x latent {' x '.join(map(str, shape))}")
-        return "\n".join(lines)
+        facts = [f"{len(self)} item{'s' * (len(self) > 1)}"]
+        facts += [f"{len(captions)} different captions"] if captions else []
+        facts += [f"{masks} masks"] if masks else []
+        sizes = [
+            f"  {len(members)} x latent {' x '.join(map(str, shape))}"
+            for shape, members in self.buckets.items()
+        ]
+        return "\n".join([", ".join(facts), *sizes])
 
 
 class _Store:

@@ -1,0 +1,61 @@
+/** Shows on each Adapter Lab node what it reported in its last run. */
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { Panel } from "../lib/panel.mjs";
+
+/** Classes of ours whose results the server sends. @type {Set<string>} */
+const reporting = new Set();
+/** @type {WeakMap<object, Panel>} */
+const panels = new WeakMap();
+
+/** The key of a node's results: its id, after its subgraph's where it is in one. */
+function locator(node) {
+  return node.graph === app.rootGraph ? String(node.id) : `${node.graph.id}:${node.id}`;
+}
+
+function* everyNode() {
+  for (const graph of [app.rootGraph, ...app.rootGraph.subgraphs.values()]) yield* graph.nodes;
+}
+
+/** The node that an execution path such as "12:3" ends at: node 3 in the subgraph of node 12. */
+function nodeAt(path) {
+  return path.split(":").reduce((at, id) => (at?.subgraph ?? at)?.getNodeById(id), app.rootGraph);
+}
+
+app.registerExtension({
+  name: "adapter_lab.report",
+
+  beforeRegisterNodeDef(_, definition) {
+    const reports = definition.output_node || definition.has_intermediate_output;
+    if (reports && definition.name.startsWith("AdapterLab")) reporting.add(definition.name);
+  },
+
+  nodeCreated(node) {
+    if (!reporting.has(node.comfyClass)) return;
+    const panel = new Panel(node);
+    const before = node.onExecuted;
+    panels.set(node, panel);
+    node.onExecuted = function (output) {
+      before?.call(this, output);
+      panel.show(output.adapter_lab);
+    };
+  },
+
+  /** Undo builds the nodes anew, and the results are still there. */
+  loadedGraphNode(node) {
+    panels.get(node)?.show(app.nodeOutputs[locator(node)]?.adapter_lab);
+  },
+
+  /** Back from another workflow's tab, or opened from the queue. */
+  onNodeOutputsUpdated(outputs) {
+    for (const node of everyNode()) panels.get(node)?.show(outputs[locator(node)]?.adapter_lab);
+  },
+
+  setup() {
+    // A report of an earlier run beside an error of this one would mislead.
+    api.addEventListener("execution_error", ({ detail }) => {
+      panels.get(nodeAt(String(detail.node_id)))?.fail(detail.exception_message);
+    });
+  },
+});

@@ -1,0 +1,75 @@
+/** The loss curve of a training run as SVG. */
+
+const [WIDTH, HEIGHT] = [320, 140];
+const [LEFT, TOP, RIGHT, BOTTOM] = [38, 8, 312, 108];
+const POINTS = 400;
+
+/**
+ * Training loss faintly, its mean over the last 5 % of the steps on top, held-out loss as dots.
+ *
+ * @param {number[]} losses of step 1, 2, ..
+ * @param {[number, number][]} validation (step, held-out loss)
+ * @returns {SVGSVGElement}
+ */
+export function chart(losses, validation) {
+  const means = thin(runningMean(losses, Math.max(1, Math.floor(losses.length / 20))));
+  // The range of what is to be read: single batches may leave the picture.
+  const shown = [...means, ...validation].map(([, loss]) => loss);
+  let [low, high] = [Math.min(...shown), Math.max(...shown)];
+  const pad = 0.15 * (high - low) || 0.1 * Math.abs(high) || 1;
+  [low, high] = [low < 0 ? low - pad : Math.max(0, low - pad), high + pad];
+  const x = (step) => LEFT + ((RIGHT - LEFT) * step) / losses.length;
+  const y = (loss) =>
+    Math.min(Math.max(BOTTOM - ((BOTTOM - TOP) * (loss - low)) / (high - low), TOP), BOTTOM);
+  const line = (name, points) => {
+    const path = points.map(([step, loss]) => `${x(step).toFixed(1)},${y(loss).toFixed(1)}`);
+    return svg("polyline", { class: name, points: path.join(" ") });
+  };
+
+  const root = svg("svg", { class: "loss", viewBox: `0 0 ${WIDTH} ${HEIGHT}` });
+  for (const share of [0, 0.25, 0.5, 0.75, 1]) {
+    const value = low + (high - low) * share;
+    root.append(svg("line", { class: "grid", x1: LEFT, x2: RIGHT, y1: y(value), y2: y(value) }));
+    root.append(label(LEFT - 4, y(value) + 3, value.toPrecision(3), "end"));
+  }
+  for (const share of [0, 0.5, 1]) {
+    const step = Math.round(losses.length * share);
+    root.append(label(x(step), BOTTOM + 12, String(step), share === 1 ? "end" : "middle"));
+  }
+  root.append(line("batch", thin(losses)), line("mean", means), line("held-out", validation));
+  for (const [step, loss] of validation) {
+    const dot = svg("circle", { class: "held-out", cx: x(step), cy: y(loss), r: 2.5 });
+    dot.append(svg("title", {}, `step ${step}: held-out loss ${loss.toFixed(4)}`));
+    root.append(dot);
+  }
+  root.append(label(LEFT, HEIGHT - 5, "training loss (mean)", "start", "mean"));
+  if (validation.length) root.append(label(RIGHT, HEIGHT - 5, "held-out loss", "end", "held-out"));
+  return root;
+}
+
+/** Mean of each value and up to `window` - 1 before it. */
+function runningMean(values, window) {
+  let sum = 0;
+  return values.map((value, i) => {
+    sum += value - (i >= window ? values[i - window] : 0);
+    return sum / Math.min(i + 1, window);
+  });
+}
+
+/** (step, value) of evenly spaced values, the last one among them. */
+function thin(values) {
+  const every = Math.ceil(values.length / POINTS);
+  const points = values.map((value, i) => [i + 1, value]);
+  return points.filter(([step]) => step % every === 0 || step === values.length);
+}
+
+function label(x, y, text, anchor, name = "") {
+  return svg("text", { x, y, "text-anchor": anchor, class: name }, text);
+}
+
+function svg(tag, attributes, text = "") {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.textContent = text;
+  return made;
+}
