@@ -89,6 +89,7 @@ class Report:
         """What to raise where nothing matches and something must: names both architectures."""
         subject = f"'{self.name}'" if self.name else "the adapter"
         form = f", {self._format()} format" if self.format else ""
+        count = f"{self.total} module{'s' * (self.total != 1)}"
         reasons = Counter(wildcard(reason)[0] for reason in self.unmatched.values())
         fix = ""
         if self.file_architecture and self.file_architecture != self.architecture:
@@ -97,7 +98,7 @@ class Report:
             fix = f"Most often: {reasons.most_common(1)[0][0]}"
         return AdapterLabError(
             f"Nothing in {subject} fits this model",
-            found=f"{self.total} module{'s' * (self.total != 1)} for {title(self.file_architecture)}{form}",
+            found=f"{count} for {title(self.file_architecture)}{form}",
             expected=f"modules of {title(self.architecture)}",
             fix=fix,
         )
