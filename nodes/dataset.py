@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..core.errors import AdapterLabError
-from ..core.train.data import TrainDataset, load_dataset, save_dataset
+from ..core.train.data import TrainDataset
+from ..core.train.storage import load_dataset, save_dataset
 from .host import latents as host
 from .host import paths
 from .types import CATEGORY, TrainDatasetType, panel, report_output
@@ -102,7 +104,9 @@ class DatasetLoad(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        return _output(load_dataset(paths.find_dataset(name)))
+        # Tensors made in inference mode can't be trained on.
+        with torch.inference_mode(False):
+            return _output(load_dataset(paths.find_dataset(name)))
 
 
 class DatasetItem(io.ComfyNode):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..core.adapters import AdapterConfig
 from ..core.files import Adapter
-from ..core.train.checkpoints import TrainRun
 from ..core.train.config import OptimizerConfig, TrainConfig
-from ..core.train.data import TrainDataset
-from ..core.train.targets import Targets
 from .host import model as host
 from .host import paths
-from .host.trainer import Job, Trainer
+from .host.job import Job
+from .host.trainer import Trainer
 from .plots import loss_plot
 from .types import (
     CATEGORY,
@@ -117,43 +116,28 @@ class Train(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        dataset: TrainDataset,
         run_name: str,
-        steps: int,
-        batch_size: int,
-        accumulation: int,
         seed: int,
-        save_every: int,
-        keep_last: int,
-        on_existing: str,
-        checkpointing: str,
-        config: AdapterConfig | None = None,
-        targets: Targets | None = None,
-        optimizer: OptimizerConfig | None = None,
-        validation: TrainDataset | None = None,
         init_from: dict[str, Any] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        config: AdapterConfig | None = None,
+        **given: Any,
     ) -> io.NodeOutput:
+        numbers = {f.name: given.pop(f.name) for f in fields(TrainConfig) if f.name in given}
         job = Job(
-            model,
-            dataset,
-            TrainRun(run_name.strip(), paths.run_folder(run_name), paths.run_adapters(run_name)),
-            TrainConfig(steps, batch_size, accumulation, seed, save_every, keep_last),
-            on_existing,
-            checkpointing,
-            config or AdapterConfig(),
-            targets or Targets(),
-            optimizer or OptimizerConfig(),
-            validation,
-            None if init_from is None else Adapter.of(init_from),
+            run=paths.run(run_name),
+            config=TrainConfig(seed=seed, **numbers),
+            adapter=config,
+            optimizer=optimizer or OptimizerConfig(),
+            init_from=None if init_from is None else Adapter.of(init_from),
+            **given,
         )
         result = Trainer(job, cls.hidden.unique_id).run()
-        progress = result.progress
-        adapted = host.apply(model, None, result.adapter, 1.0, 0.0, "error")
-        plot = loss_plot(progress.losses, progress.validation)
-        losses = {"loss": list(progress.losses)}
-        ui = panel(result.report, {"losses": progress.losses, "validation": progress.validation})
-        return io.NodeOutput(adapted.model, result.adapter, job.run, losses, plot, ui=ui)
+        losses, validation = result.progress.losses, result.progress.validation
+        adapted = host.apply(job.model, None, result.adapter, 1.0, 0.0, "error")
+        plot = loss_plot(losses, validation)
+        ui = panel(result.report, {"losses": losses, "validation": validation})
+        return io.NodeOutput(adapted.model, result.adapter, job.run, {"loss": losses}, plot, ui=ui)
 
 
 NODES = [Train]

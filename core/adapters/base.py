@@ -118,7 +118,7 @@ class Algorithm(ABC):
             op: the layer without its weight.
             weight: W, (out, in, *k); may be quantised, most algorithms only read its shape.
         """
-        return op(x, self.delta(weight).to(x.dtype))
+        return op(x, self.delta(weight).to(x))
 
     def state(self) -> dict[str, Tensor]:
         """Suffix -> tensor as a file holds it, ``alpha`` included."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..atomic import telling
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,23 @@ class TrainRun:
         found = ((pattern.fullmatch(p.name), p) for p in self.adapters.glob("*.safetensors"))
         return sorted((int(match[1]), path) for match, path in found if match)
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything of it on disk."""
+        return self.state.exists() or bool(self.checkpoints())
+
     def prune(self, keep: int) -> None:
-        """Delete all but the last ``keep`` adapter files; 0 keeps all."""
+        """Delete all but the last ``keep`` adapter files; 0 keeps all.
+
+        One that another program has open (Windows) is left to the next time.
+        """
         for _, path in self.checkpoints()[:-keep] if keep else []:
-            path.unlink()
+            with suppress(OSError):
+                path.unlink()
 
     def clear(self) -> None:
         """Delete state and adapter files, so that the run can start anew."""
-        for _, path in self.checkpoints():
-            path.unlink()
-        self.state.unlink(missing_ok=True)
+        with telling(f"Cannot delete the old run '{self.name}'"):
+            for _, path in self.checkpoints():
+                path.unlink()
+            self.state.unlink(missing_ok=True)

@@ -1,24 +1,10 @@
-"""Training data: cached latents with their conditioning, in memory and on disk.
-
-A dataset on disk is a folder of two files. ``data.safetensors`` holds tensors,
-``dataset.json`` says what they are::
-
-    {"format": "adapter-lab-dataset", "version": 1, "items": [
-        {"caption": "a red star", "weight": 1.0, "latent": "0.latent", "mask": null,
-         "cond": "0.cond", "extra": {"pooled_output": {"$tensor": "0.pooled_output"}}}]}
-
-Tensors are referred to by name, so that items may share them.
-"""
+"""Training data: cached latents with their conditioning, and the batches of an epoch."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,11 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterLabError
-from ..files import Adapter, read_adapter, write_adapter
 from .random import permutation
-
-FORMAT, VERSION = "adapter-lab-dataset", 1
-_JSON, _DATA, _REF = "dataset.json", "data.safetensors", "$tensor"
 
 
 @dataclass(frozen=True)
@@ -59,12 +41,34 @@ class TrainItem:
                 found=str(tuple(self.latent.shape)),
                 expected="(channels, height, width) or (channels, frames, height, width)",
             )
-        if not bool(torch.isfinite(self.latent).all()):
-            raise AdapterLabError("A latent holds NaN or infinite values", fix="Encode it again")
+        for name, tensor in tensors({"latent": self.latent, "conditioning": self.cond,
+                                     "mask": self.mask, **self.extra}):  # fmt: skip
+            if not bool(torch.isfinite(tensor).all()):
+                subject = f"'{self.caption}'" if self.caption else "A training item"
+                raise AdapterLabError(
+                    f"{subject} holds NaN or infinite values",
+                    found=f"in its {name}",
+                    fix="Encode it again",
+                )
+
+
+def tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in nested dicts and lists."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from tensors(cast(Mapping[str, Any], value))
+        elif isinstance(value, (list, tuple)):
+            yield from tensors({f"{name}.{i}": v for i, v in enumerate(cast(Sequence[Any], value))})
 
 
 class TrainDataset:
-    """A non-empty list of items with the batches an epoch is made of."""
+    """A non-empty list of items with the batches an epoch is made of.
+
+    Attributes:
+        buckets: latent shape -> indices of the items that have it.
+    """
 
     def __init__(self, items: Sequence[TrainItem], name: str = "") -> None:
         if not items:
@@ -75,6 +79,9 @@ class TrainDataset:
                 fix="Connect encoded images to 'latents'",
             )
         self.items, self.name = list(items), name
+        self.buckets: dict[tuple[int, ...], list[int]] = {}
+        for i, item in enumerate(self.items):
+            self.buckets.setdefault(tuple(item.latent.shape), []).append(i)
 
     def __getitem__(self, index: int) -> TrainItem:
         return self.items[index]
@@ -85,14 +92,6 @@ class TrainDataset:
     def __len__(self) -> int:
         return len(self.items)
 
-    @property
-    def buckets(self) -> dict[tuple[int, ...], list[int]]:
-        """Latent shape -> indices of the items that have it."""
-        found: dict[tuple[int, ...], list[int]] = {}
-        for i, item in enumerate(self.items):
-            found.setdefault(tuple(item.latent.shape), []).append(i)
-        return found
-
     def batch(self, number: int, batch_size: int, seed: int) -> list[int]:
         """Items of the ``number``-th batch since the start: a pure function of its arguments.
 
@@ -100,14 +99,15 @@ class TrainDataset:
         ``batch_size`` does not divide is cut into batches of nearly equal size, so that no item
         has a step to itself.
         """
-        buckets = list(self.buckets.values())
-        parts = [math.ceil(len(bucket) / batch_size) for bucket in buckets]
-        epoch, position = divmod(number, sum(parts))
-        batches: list[list[int]] = []
-        for i, (bucket, count) in enumerate(zip(buckets, parts, strict=True)):
-            order = permutation(seed, "items", len(bucket), epoch, i)
-            batches += [[bucket[int(j)] for j in p] for p in np.array_split(order, count)]
-        return batches[permutation(seed, "batches", len(batches), epoch)[position]]
+        counts = [math.ceil(len(bucket) / batch_size) for bucket in self.buckets.values()]
+        epoch, position = divmod(number, sum(counts))
+        wanted = permutation(seed, "batches", sum(counts), epoch)[position]
+        for i, (bucket, count) in enumerate(zip(self.buckets.values(), counts, strict=True)):
+            if wanted < count:
+                order = permutation(seed, "items", len(bucket), epoch, i)
+                return [bucket[int(j)] for j in np.array_split(order, count)[wanted]]
+            wanted -= count
+        raise AssertionError("unreachable: wanted is below the sum of the counts")
 
     def to_text(self) -> str:
         """What is in it, a line per latent shape."""
@@ -121,144 +121,3 @@ class TrainDataset:
             for shape, members in self.buckets.items()
         ]
         return "\n".join([", ".join(facts), *sizes])
-
-
-class _Store:
-    """Tensors under way to a file, each once, and values that refer to them by name."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._names: dict[int, str] = {}
-
-    def name(self, tensor: Tensor | None, name: str) -> str | None:
-        """The name under which ``tensor`` is stored: ``name``, or that of an earlier item."""
-        if tensor is None:
-            return None
-        known = self._names.setdefault(id(tensor), name)
-        self.tensors.setdefault(known, tensor)
-        return known
-
-    def encode(self, value: Any, name: str) -> Any:
-        """``value`` as JSON; raises on what is neither tensor, number, text nor made of them."""
-        if isinstance(value, Tensor):
-            return {_REF: self.name(value, name)}
-        if isinstance(value, dict):
-            pairs = cast(dict[str, Any], value).items()
-            return {k: self.encode(v, f"{name}.{k}") for k, v in pairs}
-        if isinstance(value, (list, tuple)):
-            return [self.encode(v, f"{name}.{i}") for i, v in enumerate(cast(list[Any], value))]
-        if value is None or isinstance(value, (str, int, float, bool)):
-            return value
-        raise AdapterLabError(
-            f"The conditioning entry '{name}' cannot be stored",
-            found=type(value).__name__,
-            expected="tensors, numbers and text",
-            fix="Train on conditioning without ControlNet, hooks or masks",
-        )
-
-
-def save_dataset(folder: Path, dataset: TrainDataset) -> None:
-    """Write ``dataset`` as the new ``folder``, which appears whole or not at all.
-
-    Raises:
-        AdapterLabError: the folder exists with other content, or a conditioning holds something
-            that is neither tensor, number nor text.
-    """
-    store = _Store()
-    rows = [
-        {
-            "caption": item.caption,
-            "weight": item.weight,
-            "latent": store.name(item.latent, f"{i}.latent"),
-            "mask": store.name(item.mask, f"{i}.mask"),
-            "cond": store.name(item.cond, f"{i}.cond"),
-            "extra": {k: store.encode(v, f"{i}.{k}") for k, v in item.extra.items()},
-        }
-        for i, item in enumerate(dataset)
-    ]
-    listing = json.dumps({"format": FORMAT, "version": VERSION, "items": rows}, indent=1)
-    if folder.exists():
-        _require_same(folder, listing, store.tensors)
-        return
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        write_adapter(staging / _DATA, Adapter(store.tensors))
-        (staging / _JSON).write_text(listing, encoding="utf-8")
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _require_same(folder: Path, listing: str, tensors: Mapping[str, Tensor]) -> None:
-    """Running a graph again is fine, replacing somebody's dataset is not."""
-    stored = read_adapter(folder / _DATA) if (folder / _DATA).exists() else Adapter()
-    text = (folder / _JSON).read_text(encoding="utf-8") if (folder / _JSON).exists() else ""
-    same = (n in stored and torch.equal(t, stored[n]) for n, t in tensors.items())
-    if text != listing or not all(same):
-        raise AdapterLabError(
-            f"A dataset '{folder.name}' with other content exists already",
-            fix="Choose another name, or delete its folder",
-        )
-
-
-def load_dataset(folder: Path) -> TrainDataset:
-    """Read what :func:`save_dataset` wrote.
-
-    Raises:
-        AdapterLabError: files missing, of another format, or naming tensors that are not there.
-    """
-    listing = _read_listing(folder / _JSON)
-    tensors = read_adapter(folder / _DATA)
-
-    def tensor(name: str | None) -> Tensor | None:
-        if name is None:
-            return None
-        if name not in tensors:
-            raise AdapterLabError(
-                f"The dataset '{folder.name}' is damaged", found=f"no tensor '{name}' in {_DATA}"
-            )
-        return tensors[name]
-
-    def decode(value: Any) -> Any:
-        if isinstance(value, dict):
-            table = cast(dict[str, Any], value)
-            if set(table) == {_REF}:
-                return tensor(table[_REF])
-            return {k: decode(v) for k, v in table.items()}
-        return [decode(v) for v in cast(list[Any], value)] if isinstance(value, list) else value
-
-    try:
-        items = [
-            TrainItem(
-                latent=cast(Tensor, tensor(row["latent"])),
-                cond=tensor(row["cond"]),
-                extra=decode(row["extra"]),
-                caption=row["caption"],
-                mask=tensor(row["mask"]),
-                weight=float(row["weight"]),
-            )
-            for row in listing["items"]
-        ]
-    except (KeyError, TypeError, ValueError) as err:
-        raise AdapterLabError(
-            f"The dataset '{folder.name}' is damaged", found=f"{_JSON} without or with a bad {err}"
-        ) from err
-    return TrainDataset(items, folder.name)
-
-
-def _read_listing(path: Path) -> dict[str, Any]:
-    try:
-        listing = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterLabError(f"There is no dataset '{path.parent.name}'") from None
-    except ValueError as err:
-        raise AdapterLabError(
-            f"{path.name} of '{path.parent.name}' is not JSON", found=str(err)
-        ) from err
-    known = {"format": FORMAT, "version": VERSION}
-    if not isinstance(listing, dict) or not known.items() <= cast(dict[str, Any], listing).items():
-        raise AdapterLabError(
-            f"'{path.parent.name}' is not a dataset of this version",
-            expected=f'"format": "{FORMAT}", "version": {VERSION}',
-        )
-    return cast(dict[str, Any], listing)

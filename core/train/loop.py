@@ -18,6 +18,7 @@ from .data import TrainDataset, TrainItem
 from .random import generator
 
 VALIDATION_SIGMAS = 4
+HALF_SCALE = 2.0**16
 
 
 class Process(Protocol):
@@ -46,6 +47,11 @@ class Process(Protocol):
         """What the network says, conditioned on each item's own conditioning."""
         ...
 
+    @property
+    def half(self) -> bool:
+        """Whether it computes in float16, whose small gradients vanish unless scaled up."""
+        ...
+
 
 @dataclass
 class Progress:
@@ -55,11 +61,15 @@ class Progress:
         step: completed optimiser steps.
         losses: training loss of each completed step.
         validation: (step, held-out loss).
+        scale: the loss is multiplied by it for the backward pass (Micikevicius et al. 2018,
+            "Mixed Precision Training", section 3.2), halved when gradients overflow; 0 before the
+            first step.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list[float])
     validation: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    scale: float = 0.0
 
 
 def parameters(adapters: Mapping[str, Algorithm]) -> list[Tensor]:
@@ -88,44 +98,67 @@ def train(
 ) -> None:
     """Run optimiser steps ``progress.step`` .. ``config.steps``, in place.
 
-    Whatever interrupts it leaves factors, moments and ``progress`` as they were after the last
-    completed step: an exception can only come before the update.
+    An exception before an update (cancel, no memory, data that can't be used) leaves factors,
+    moments and ``progress`` as they were after the last completed step.
 
     Raises:
-        AdapterLabError: the loss is not finite.
+        AdapterLabError: loss or gradient are not finite, or no factor has a gradient.
     """
     factors = parameters(adapters)
+    progress.scale = progress.scale or (HALF_SCALE if process.half else 1.0)
     while progress.step < config.steps:
-        step = progress.step
         optimizer.zero_grad(set_to_none=True)
         loss = sum(
-            _accumulate(process, dataset, config, step * config.accumulation + i)
-            for i in range(config.accumulation)
+            _accumulate(process, dataset, config, progress, i) for i in range(config.accumulation)
         )
-        if not math.isfinite(loss):
-            raise AdapterLabError(
-                f"The loss of step {step + 1} is not a number",
-                found=str(loss),
-                fix="Lower the learning rate; the last good state is kept",
-            )
-        if settings.clip > 0:
-            torch.nn.utils.clip_grad_norm_(factors, settings.clip)
+        norm = _norm(factors, settings.clip, progress.scale)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            if math.isfinite(loss) and progress.scale > 1:
+                progress.scale /= 2
+                continue
+            raise _diverged(progress.step, loss, norm)
         for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step)
+            group["lr"] = settings.rate(progress.step)
         optimizer.step()
         progress.step += 1
         progress.losses.append(loss)
         on_step(progress)
+    optimizer.zero_grad(set_to_none=True)
 
 
-def _accumulate(process: Process, dataset: TrainDataset, config: TrainConfig, number: int) -> float:
+def _accumulate(
+    process: Process, dataset: TrainDataset, config: TrainConfig, progress: Progress, part: int
+) -> float:
     """Forward and backward of one batch; returns its share of the step's loss."""
+    number = progress.step * config.accumulation + part
     items = [dataset[i] for i in dataset.batch(number, config.batch_size, config.seed)]
     rng = generator(config.seed, "noise", number)
     u = torch.rand(len(items), generator=rng)
     loss = _losses(process, items, u, rng).mean() / config.accumulation
-    loss.backward()  # pyright: ignore[reportUnknownMemberType]
+    if not loss.requires_grad:
+        raise AdapterLabError(
+            "None of the chosen modules takes part in the model's computation",
+            fix="Choose other targets",
+        )
+    (loss * progress.scale).backward()  # pyright: ignore[reportUnknownMemberType]
     return loss.item()
+
+
+def _norm(factors: Sequence[Tensor], clip: float, scale: float) -> float:
+    """Undo the loss scale, shorten the gradient to ``clip``; its length before that."""
+    for factor in factors:
+        if factor.grad is not None and scale != 1:
+            factor.grad /= scale
+    return float(torch.nn.utils.clip_grad_norm_(factors, clip or math.inf))
+
+
+def _diverged(step: int, loss: float, norm: float) -> AdapterLabError:
+    fix = "Lower the learning rate; the state before this step is kept"
+    return AdapterLabError(
+        f"Training diverged at step {step + 1}",
+        found=f"loss {loss}, length of the gradient {norm}",
+        fix=fix if step else "Check that model and data belong together",
+    )
 
 
 def _losses(
@@ -148,9 +181,9 @@ def _mask(mask: Tensor | None, error: Tensor) -> Tensor:
     """``mask`` at the size of the latent, broadcastable over one item's error (c, *space)."""
     size = error.shape[-2:]
     if mask is None:
-        return torch.ones((1,) * (error.ndim - 1), device=error.device)
+        mask = torch.ones(1, 1)
     small = F.interpolate(mask[None, None].to(error), size=size, mode="area")[0, 0]
-    return small.expand(1, *(1,) * (error.ndim - 4), *size)
+    return small.reshape(1, *(1,) * (error.ndim - 4), *size)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..files import Adapter, read_adapter, write_adapter
 from .loop import Progress
 
 FACTOR, MOMENT = "factor", "optimizer"
+_METADATA = {"identity", "circumstances", "optimizer", "progress"}
 
 
 def save(
@@ -24,11 +25,13 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     identity: Mapping[str, Any],
+    circumstances: Mapping[str, Any],
 ) -> None:
     """Write the state atomically.
 
     Args:
         identity: what a resumed run must agree on; JSON values.
+        circumstances: what it may change, but is told of; JSON values.
     """
     state = optimizer.state_dict()["state"]
     tensors = {f"{FACTOR}|{name}|{suffix}": t.detach() for name, suffix, t in _factors(adapters)}
@@ -41,6 +44,7 @@ def save(
                 scalars.setdefault(str(index), {})[key] = value
     metadata = {
         "identity": json.dumps(identity, sort_keys=True),
+        "circumstances": json.dumps(circumstances, sort_keys=True),
         "optimizer": json.dumps(scalars),
         "progress": json.dumps(vars(progress)),
     }
@@ -54,14 +58,22 @@ def load(
     adapters: Mapping[str, Algorithm],
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
-) -> Progress:
+    circumstances: Mapping[str, Any],
+) -> tuple[Progress, list[str]]:
     """Restore what :func:`save` wrote into ``adapters`` and ``optimizer``, bit for bit.
 
+    Returns:
+        The progress, and the names of the circumstances that changed.
+
     Raises:
-        AdapterLabError: the state belongs to other settings; names what differs.
+        AdapterLabError: no state, or one of other settings; names what differs.
     """
     stored = read_adapter(path)
+    if not stored.metadata.keys() >= _METADATA:
+        raise AdapterLabError(f"'{path}' is not the state of a training run")
     _require_same(path, json.loads(stored.metadata["identity"]), identity)
+    before = json.loads(stored.metadata["circumstances"])
+    changed = [key for key, value in circumstances.items() if before.get(key) != value]
     with torch.no_grad():
         for name, suffix, tensor in _factors(adapters):
             tensor.copy_(stored[f"{FACTOR}|{name}|{suffix}"])
@@ -76,7 +88,8 @@ def load(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     progress = json.loads(stored.metadata["progress"])
     validation = [(int(step), float(loss)) for step, loss in progress["validation"]]
-    return Progress(progress["step"], progress["losses"], validation)
+    restored = Progress(progress["step"], progress["losses"], validation, progress["scale"])
+    return restored, changed
 
 
 def _factors(adapters: Mapping[str, Algorithm]) -> list[tuple[str, str, Tensor]]:
@@ -84,18 +97,25 @@ def _factors(adapters: Mapping[str, Algorithm]) -> list[tuple[str, str, Tensor]]
 
 
 def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = [key for key in wanted if stored.get(key) != wanted[key]]
+    before, now = _flat(stored), _flat(wanted)
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
-        found = ", ".join(f"{key} was {_short(stored.get(key))}" for key in differing)
-        expected = ", ".join(f"{key} {_short(wanted[key])}" for key in differing)
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        key = differing[0]
         raise AdapterLabError(
             f"The run '{path.parent.name}' was started with other settings",
-            found=found,
-            expected=expected,
+            found=f"{key} {before.get(key, 'missing')}",
+            expected=f"{now.get(key, 'none')}{more}",
             fix="Choose another run name, or set 'on_existing' to restart",
         )
 
 
-def _short(value: Any, limit: int = 60) -> str:
-    text = str(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of nesting resolved: a difference is then that of one module."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= {f"{key} {k}": v for k, v in cast(dict[str, Any], value).items()}
+        else:
+            flat[key] = value
+    return flat

@@ -23,7 +23,7 @@ def own(value: Any) -> Any:
     inference tensor can never be saved for backward."""
     if isinstance(value, Tensor):
         with torch.inference_mode(False):
-            return value.detach().to("cpu", copy=True).clone()
+            return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: own(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -38,15 +38,19 @@ def dataset(
     name: str,
 ) -> TrainDataset:
     """Pair latents with conditioning: one each, one for each LATENT, or one for all."""
-    groups = [list(latent["samples"]) for latent in latents]
     if any(getattr(latent["samples"], "is_nested", False) for latent in latents):
         raise AdapterLabError("Latents of several streams cannot be trained on")
+    groups = [list(own(latent["samples"])) for latent in latents]
     samples = [sample for group in groups for sample in group]
-    conds = [entry for group in conditioning for entry in group]
+    # Read once here: items that share a prompt share its tensors, in memory and on disk.
+    conds = [_conditioning(entry) for group in conditioning for entry in group]
     texts = _spread(conds, groups, "conditioning")
-    drawn = [mask for group in masks if group is not None for mask in group]
+    drawn = [own(mask) for group in masks if group is not None for mask in group]
     areas = _spread(drawn, groups, "mask") if drawn else [None] * len(samples)
-    items = [_item(s, c, m) for s, c, m in zip(samples, texts, areas, strict=True)]
+    items = [
+        TrainItem(sample, *text, mask=mask)
+        for sample, text, mask in zip(samples, texts, areas, strict=True)
+    ]
     return TrainDataset(items, name)
 
 
@@ -72,7 +76,8 @@ def _spread(values: list[Any], groups: list[list[Tensor]], what: str) -> list[An
     )
 
 
-def _item(sample: Tensor, entry: Sequence[Any], mask: Tensor | None) -> TrainItem:
+def _conditioning(entry: Sequence[Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """Text and the rest of one conditioning, without batch axis."""
     cond, extra = entry
     refused = [key for key in _UNSUPPORTED if extra.get(key) is not None]
     if refused:
@@ -83,8 +88,7 @@ def _item(sample: Tensor, entry: Sequence[Any], mask: Tensor | None) -> TrainIte
             fix="Connect the output of the text encoder",
         )
     plain = {k: own(_single(v, k)) for k, v in extra.items() if v is not None}
-    text = None if cond is None else own(_single(cond, "conditioning"))
-    return TrainItem(own(sample), text, plain, mask=None if mask is None else own(mask))
+    return None if cond is None else own(_single(cond, "conditioning")), plain
 
 
 def _single(value: Any, name: str) -> Any:

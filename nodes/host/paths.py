@@ -8,11 +8,13 @@ from pathlib import Path
 import folder_paths
 
 from ...core.errors import AdapterLabError
+from ...core.train.checkpoints import TrainRun
 
 DEMO = Path(__file__).resolve().parents[2] / "workflows" / "demo"
 _DEMO_MODELS = ("diffusion_models", "vae", "loras")
 # What Windows, Linux and macOS refuse in a file name, and what would leave the folder.
-_FORBIDDEN = re.compile(r'^\.|[\x00-\x1f<>:"/\\|?*]|\.$|^$')
+_DEVICES = r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)"
+_FORBIDDEN = re.compile(rf'^$|^\.|[. ]$|[\x00-\x1f<>:"/\\|?*]|^.{{101}}|^{_DEVICES}', re.IGNORECASE)
 
 
 def register_demo_models() -> None:
@@ -64,20 +66,16 @@ def checked_name(name: str, what: str) -> str:
     if _FORBIDDEN.search(stripped):
         raise AdapterLabError(
             f"The {what} '{name}' cannot name a folder",
-            expected="letters, digits, spaces, '-', '_' and inner dots, no path",
+            expected="up to 100 letters, digits, spaces, '-', '_' and inner dots, no path",
             fix=f"Change the {what}",
         )
     return stripped
 
 
-def run_folder(name: str) -> Path:
-    """Folder of a training run."""
-    return output("adapter_lab", "runs", checked_name(name, "run name"))
-
-
-def run_adapters(name: str) -> Path:
-    """Folder of the adapter files that a training run writes."""
-    return output("loras", checked_name(name, "run name"))
+def run(name: str) -> TrainRun:
+    """A training run: its state is kept apart from its adapter files, which loaders list."""
+    checked = checked_name(name, "run name")
+    return TrainRun(checked, output("adapter_lab", "runs", checked), output("loras", checked))
 
 
 def dataset_folder(name: str) -> Path:
@@ -95,7 +93,7 @@ def find_dataset(name: str) -> Path:
 def datasets() -> list[str]:
     """Datasets on disk, the user's first."""
     roots = (output("adapter_lab", "datasets"), DEMO / "datasets")
-    found = [sorted(p.parent.name for p in root.glob("*/dataset.json")) for root in roots]
+    found = [sorted(p.parent.name for p in root.glob("[!.]*/dataset.json")) for root in roots]
     return list(dict.fromkeys(name for names in found for name in names))
 
 
@@ -106,8 +104,8 @@ def numbered(prefix: str, root: str, suffix: str = ".safetensors") -> Path:
         AdapterLabError: the prefix leads out of the folder.
     """
     base = output(root)
-    inside = Path(f"{base}/{prefix}").resolve().is_relative_to(base.resolve())
-    if not inside or not prefix.strip() or prefix.endswith(("/", "\\")):
+    parts = prefix.replace("\\", "/").split("/")
+    if any(_FORBIDDEN.search(part) for part in parts):
         raise AdapterLabError(
             f"The prefix '{prefix}' does not name a file inside {root}",
             expected="a name such as 'my_adapter' or 'styles/my_adapter'",

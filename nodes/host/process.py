@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...core.errors import AdapterLabError
-from ...core.train.data import TrainItem
-from .latents import graph, own
+from ...core.train.data import TrainItem, tensors
+from .latents import graph
 from .session import Session
 
 
@@ -23,6 +23,11 @@ class HostProcess:
         self.session = session
         self.model = session.model
         self.sampling = session.patcher.get_model_object("model_sampling")
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in float16."""
+        return self.model.get_dtype_inference() == torch.float16
 
     def latents(self, items: Sequence[TrainItem]) -> Tensor:
         """(b, c, *space) in the model's latent format."""
@@ -73,26 +78,25 @@ class HostProcess:
         return self._output(denoised, x_t, sigma)
 
     def check(self, items: Sequence[TrainItem]) -> None:
-        """One forward pass for each kind of conditioning in ``items``.
+        """One forward pass for each kind of item: channels, widths of the conditioning.
 
         Raises:
-            AdapterLabError: the model can't read a conditioning.
+            AdapterLabError: the model fails on an item.
         """
-        kinds = {(i.latent.shape, () if i.cond is None else i.cond.shape): i for i in items}
-        for (_, text), item in kinds.items():
+        kinds = {str([i.latent.ndim, _widths(i)]): i for i in items}
+        for item in kinds.values():
             try:
                 with torch.no_grad():
                     x0 = self.latents([item])
                     self.predict(x0, self.sigmas(torch.tensor([0.5])).to(x0), [item])
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, ValueError, TypeError, AttributeError) as err:
-                shape = " x ".join(map(str, text)) if text else "no"
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as err:
                 raise AdapterLabError(
-                    "The model cannot read the dataset's conditioning",
-                    found=f"{shape} text conditioning and {', '.join(item.extra) or 'no more'} "
-                    f"(torch says: {err})",
-                    fix="Encode the captions with the text encoder that belongs to this model",
+                    "The model fails on the dataset, most likely on its conditioning",
+                    found=f"{_widths(item)} and '{err}'",
+                    expected="what the text encoder of this model gives",
+                    fix="Encode the captions with the text encoder that belongs to the model",
                 ) from err
 
     def _output(self, denoised: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ class HostProcess:
     def _conditioning(self, item: TrainItem, x_t: Tensor) -> dict[str, Any]:
         """What the model makes of one item's conditioning: name -> COND of batch 1."""
         _, entries = graph(item)
-        converted = comfy.sampler_helpers.convert_cond([[c, own(e)] for c, e in entries])
+        converted = comfy.sampler_helpers.convert_cond(entries)
         device = self.session.device
         encoded = comfy.samplers.encode_model_conds(
             self.model.extra_conds, converted, x_t.detach(), device, "positive",
@@ -114,3 +118,10 @@ class HostProcess:
         )  # fmt: skip
         conds = encoded[0]["model_conds"]
         return {name: cond.process_cond(batch_size=1, area=None) for name, cond in conds.items()}
+
+
+def _widths(item: TrainItem) -> str:
+    """The sizes of an item that belong to its model, not to the picture or the prompt."""
+    text = "no text" if item.cond is None else f"text of width {item.cond.shape[-1]}"
+    more = [f"{n} of width {t.shape[-1]}" for n, t in tensors(item.extra) if t.ndim]
+    return ", ".join([f"{item.latent.shape[0]} channels", text, *more])

@@ -25,6 +25,8 @@ from ...core.errors import AdapterLabError
 from ...core.tensors import Op
 from .model import DIFFUSION
 
+# More than there is: everything else has to leave the device, activations need the room.
+_ALL_MEMORY = 10**20
 _NORMS = ("LayerNorm", "RMSNorm", "GroupNorm")
 
 
@@ -72,15 +74,18 @@ class Session:
 
     def __init__(self, model: Any, adapters: Mapping[str, Algorithm], blocks: list[str]) -> None:
         # Weights of a dynamic model may be evicted between forward and backward.
-        self.patcher = model.clone(disable_dynamic=True) if model.is_dynamic() else model
+        self.patcher = _static(model) if model.is_dynamic() else model
         self.adapters, self.blocks = adapters, blocks
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
         with self._stack as stack:
             # Loading patches weights in place, which inference tensors allow only in their mode.
-            comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+            comfy.model_management.load_models_gpu(
+                [self.patcher], memory_required=_ALL_MEMORY, force_full_load=True
+            )
             self.model = self.patcher.model
+            self._require_loaded()
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_plain_tensors(self.model))
@@ -102,6 +107,17 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
+    def _require_loaded(self) -> None:
+        """Weights that are streamed in are overwritten by the next while autograd needs them."""
+        away = [n for n, p in self.model.named_parameters() if p.device != self.device]
+        if away:
+            raise AdapterLabError(
+                "The model is not loaded completely",
+                found=f"{len(away)} weights that are not on {self.device}",
+                expected="memory for the whole model, and ComfyUI without --novram",
+                fix="Use a smaller model or a quantised one",
+            )
+
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
@@ -112,6 +128,18 @@ class Session:
         options = dict(self.patcher.model_options.get("transformer_options", {}))
         options["optimized_attention_override"] = _attention
         return options
+
+
+def _static(model: Any) -> Any:
+    """The model loaded again without dynamic VRAM."""
+    if model.cached_patcher_init is None:
+        raise AdapterLabError(
+            "This model cannot be trained on while dynamic VRAM is on",
+            found="a loader that does not say how to load the model again",
+            fix="Load it with Load Diffusion Model or Load Checkpoint, or start ComfyUI with "
+            "--disable-dynamic-vram",
+        )
+    return model.clone(disable_dynamic=True)
 
 
 def _attention(_chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -188,6 +216,9 @@ def _checkpointed(module: nn.Module) -> Iterator[None]:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        # Some models write into their options as they go; the recomputation must see them as now.
+        args = tuple(dict(a) if isinstance(a, dict) else a for a in args)
+        kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
         return checkpoint(fresh, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     own = "forward" in vars(module)

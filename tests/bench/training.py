@@ -15,8 +15,9 @@ from adapter_lab.core.train.checkpoints import TrainRun
 from adapter_lab.core.train.config import OptimizerConfig, TrainConfig
 from adapter_lab.core.train.data import TrainDataset, TrainItem
 from adapter_lab.core.train.targets import Targets
+from adapter_lab.nodes.host.job import Job
 from adapter_lab.nodes.host.latents import graph
-from adapter_lab.nodes.host.trainer import Job, Trainer
+from adapter_lab.nodes.host.trainer import Trainer
 from comfy.sd import load_diffusion_model
 from comfy_extras.nodes_train import TrainLoraNode
 

@@ -181,9 +181,15 @@ def test_checkouts_share_what_is_heavy(users: Path) -> None:
     assert len([name for name in left(checkouts[0]) if name.startswith("tools-")]) == 1
 
 
+def interruptible() -> None:
+    """A shell starts what runs in the background with SIGINT ignored, and children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def builder(checkout: Path, seconds: float) -> subprocess.Popen:
     code = BUILD.format(tests=str(checkout / "tests"), log=str(checkout / "log"), seconds=seconds)
     return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
+                            preexec_fn=interruptible if os.name != "nt" else None,
                             stderr=subprocess.PIPE,
                             env={**os.environ, "ADAPTER_LAB_CACHE": str(checkout.parent / "cache")})
 

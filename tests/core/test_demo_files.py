@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapter_lab.core.train.data import load_dataset
+from adapter_lab.core.train.storage import load_dataset
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file

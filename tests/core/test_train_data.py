@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 import torch
 from adapter_lab.core.errors import AdapterLabError
-from adapter_lab.core.train.data import TrainDataset, TrainItem, load_dataset, save_dataset
+from adapter_lab.core.train.data import TrainDataset, TrainItem
 from adapter_lab.core.train.random import generator
+from adapter_lab.core.train.storage import load_dataset, save_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,15 @@ def test_dataset_survives_the_disk(tmp_path):
     assert rows[0]["cond"] == rows[1]["cond"] and rows[0]["latent"] == rows[2]["latent"]
 
 
+def test_names_of_tensors_do_not_collide(tmp_path):
+    ones, twos, threes = (torch.full((2,), float(n)) for n in (1, 2, 3))
+    extra = {"latent": ones, "x.y": twos, "x": {"y": threes}}
+    save_dataset(tmp_path / "d", TrainDataset([item(extra=extra)]))
+    loaded = load_dataset(tmp_path / "d")[0].extra
+    assert torch.equal(loaded["latent"], ones)
+    assert torch.equal(loaded["x.y"], twos) and torch.equal(loaded["x"]["y"], threes)
+
+
 def test_dataset_is_never_replaced(tmp_path):
     cats, dogs = TrainDataset([item(caption="cat")]), TrainDataset([item(caption="dog")])
     save_dataset(tmp_path / "pets", cats)
@@ -90,7 +100,8 @@ def test_dataset_is_never_replaced(tmp_path):
     [
         (lambda: TrainDataset([]), "empty"),
         (lambda: TrainItem(torch.randn(4, 8), None), "shape"),
-        (lambda: TrainItem(torch.full((4, 2, 2), torch.nan), None), "NaN"),
+        (lambda: TrainItem(torch.full((4, 2, 2), torch.nan), None), "in its latent"),
+        (lambda: item(extra={"y": [torch.full((3,), torch.inf)]}, caption="cat"), "'cat'.* y.0"),
     ],
 )
 def test_unusable_items(make, says):

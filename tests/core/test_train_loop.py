@@ -7,15 +7,25 @@ import torch
 import torch.nn.functional as F
 from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig
 from adapter_lab.core.errors import AdapterLabError
+from adapter_lab.core.files import write_adapter
 from adapter_lab.core.train import snapshot
 from adapter_lab.core.train.config import OptimizerConfig, TrainConfig
 from adapter_lab.core.train.data import TrainDataset, TrainItem
-from adapter_lab.core.train.loop import Progress, make_optimizer, parameters, train, validate
+from adapter_lab.core.train.loop import (
+    HALF_SCALE,
+    Progress,
+    make_optimizer,
+    parameters,
+    train,
+    validate,
+)
 from adapter_lab.core.train.random import generator
 
 
 class Toy:
     """A velocity model: one linear layer over channels, plus the item's conditioning."""
+
+    half = False
 
     def __init__(self, adapters):
         rng = torch.Generator().manual_seed(1)
@@ -57,13 +67,15 @@ def fresh(seed=0):
 SETTINGS = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
 
 
-def run(steps, adapters=None, progress=None, optimizer=None, on_step=None, data=None, **config):
+def run(
+    steps, adapters=None, progress=None, optimizer=None, on_step=None, data=None, toy=Toy, **config
+):
     adapters = adapters or fresh()
     optimizer = optimizer or make_optimizer(adapters, SETTINGS)
     progress = progress or Progress()
     settings = TrainConfig(steps, **{"batch_size": 2, **config})
     train(
-        Toy(adapters), adapters, data or dataset(), settings, optimizer, SETTINGS, progress,
+        toy(adapters), adapters, data or dataset(), settings, optimizer, SETTINGS, progress,
         on_step or (lambda _: None),
     )  # fmt: skip
     return adapters, optimizer, progress
@@ -133,11 +145,13 @@ def _with(item, **changes):
 def test_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole, _, progress = run(6)
     adapters, optimizer, part = run(3)
-    snapshot.save(tmp_path / "s.safetensors", adapters, optimizer, part, {"rank": 2})
+    told = {"seed": 0, "data": "a"}
+    snapshot.save(tmp_path / "s.safetensors", adapters, optimizer, part, {"rank": 2}, told)
     restored = fresh(seed=9)
     again = make_optimizer(restored, SETTINGS)
-    part = snapshot.load(tmp_path / "s.safetensors", restored, again, {"rank": 2})
-    assert part.step == 3
+    now = {"seed": 0, "data": "b"}
+    part, changed = snapshot.load(tmp_path / "s.safetensors", restored, again, {"rank": 2}, now)
+    assert part.step == 3 and changed == ["data"]
     run(6, restored, part, again)
     assert part.losses == progress.losses
     for a, b in zip(parameters(whole), parameters(restored), strict=True):
@@ -146,9 +160,21 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 def test_snapshot_of_other_settings_is_refused(tmp_path):
     adapters, optimizer, progress = run(1)
-    snapshot.save(tmp_path / "s.safetensors", adapters, optimizer, progress, {"rank": 2})
-    with pytest.raises(AdapterLabError, match="rank was 2.*rank 4"):
-        snapshot.load(tmp_path / "s.safetensors", adapters, optimizer, {"rank": 4})
+    path, identity = tmp_path / "s.safetensors", {"modules": {"a": [1, 2], "b": [1, 2]}}
+    snapshot.save(path, adapters, optimizer, progress, identity, {})
+    with pytest.raises(AdapterLabError, match=r"found modules b \[1, 2\], expected \[1, 3\]"):
+        other = {"modules": {"a": [1, 2], "b": [1, 3]}}
+        snapshot.load(path, adapters, optimizer, other, {})
+    with pytest.raises(AdapterLabError, match="modules b .*expected none"):
+        snapshot.load(path, adapters, optimizer, {"modules": {"a": [1, 2]}}, {})
+
+
+def test_snapshot_that_is_none(tmp_path):
+    write_adapter(tmp_path / "s.safetensors", {"x": torch.zeros(1)})
+    adapters = fresh()
+    with pytest.raises(AdapterLabError, match="not the state of a training run"):
+        optimizer = make_optimizer(adapters, SETTINGS)
+        snapshot.load(tmp_path / "s.safetensors", adapters, optimizer, {}, {})
 
 
 class Cancel(BaseException):
@@ -187,16 +213,78 @@ def test_cancel_within_a_pass_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(adapters), strict=True))
 
 
+class Half(Toy):
+    """Computes in float16 what is then scaled by ``factor``, so that gradients leave its range."""
+
+    half, factor = True, 1e-7
+
+    def predict(self, x_t, sigma, items):
+        weight = (self.weight + self.adapters["layer"].delta(self.weight))[:, :, None, None]
+        return F.conv2d(x_t.half(), weight.half()).float() * self.factor
+
+
+class Unscaled(Half):
+    half = False
+
+
+class Loud(Half):
+    factor = 30.0
+
+
+def test_float16_gradients_do_not_vanish():
+    """Half the factors are zero at the start, so the other half has the gradient."""
+    moved = [run(1, toy=toy)[0]["layer"].tensors["lora_up.weight"] for toy in (Half, Unscaled)]
+    assert moved[0].abs().min() > 0
+    assert (moved[1] == 0).any()
+
+
+def test_float16_gradients_that_overflow_lower_the_scale():
+    adapters, _, progress = run(3, toy=Loud)
+    assert 1 <= progress.scale < HALF_SCALE and progress.step == len(progress.losses) == 3
+    assert all(p.isfinite().all() for p in parameters(adapters))
+
+
 def test_a_loss_that_is_no_number_stops_before_the_update():
     adapters = fresh()
     before = [p.clone() for p in parameters(adapters)]
     data = TrainDataset([_with(i, weight=float("inf")) for i in dataset()])
-    with pytest.raises(AdapterLabError, match="step 1"):
+    with pytest.raises(AdapterLabError, match="step 1.*belong together"):
         run(5, adapters, data=data)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(adapters), strict=True))
 
 
-def test_warmup_and_clip():
+def test_a_gradient_that_is_no_number_stops_before_the_update():
+    adapters, progress, kept = fresh(), Progress(), []
+
+    def on_step(_):
+        kept[:] = [p.detach().clone() for p in parameters(adapters)]
+        if progress.step == 2:
+            parameters(adapters)[0].register_hook(lambda grad: grad * float("inf"))
+
+    with pytest.raises(AdapterLabError, match="step 3.*learning rate"):
+        run(5, adapters, progress, on_step=on_step)
+    assert progress.step == 2
+    assert all(torch.equal(a, b) for a, b in zip(kept, parameters(adapters), strict=True))
+
+
+def test_modules_without_effect_are_an_error():
+    class Deaf(Toy):
+        def predict(self, x_t, sigma, items):
+            return x_t
+
+    with pytest.raises(AdapterLabError, match="takes part"):
+        run(1, toy=Deaf)
+
+
+def test_masks_may_be_missing():
+    data, toy = dataset(2), Toy(fresh())
+    whole = TrainDataset([_with(data[0], mask=torch.ones(7, 5)), data[1]])
+    plain, masked = (run(1, data=d)[2].losses[0] for d in (data, whole))
+    assert masked == pytest.approx(plain, rel=1e-6)
+    assert validate(toy, whole, 0) == pytest.approx(validate(toy, data, 0), rel=1e-6)
+
+
+def test_warmup():
     rates = [OptimizerConfig(learning_rate=1.0, warmup=4).rate(i) for i in range(6)]
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 

@@ -9,7 +9,8 @@ import shutil
 
 import numpy as np
 import torch
-from adapter_lab.core.train.data import TrainDataset, TrainItem, save_dataset
+from adapter_lab.core.train.data import TrainDataset, TrainItem
+from adapter_lab.core.train.storage import save_dataset
 from autoencoder import VAE_SCALE, VAE_SHIFT, encode
 from shapes import BASE_SHAPES, COLOURS, draw, encode_caption
 

@@ -13,8 +13,8 @@ import tiny
 import torch
 from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig
 from adapter_lab.core.files import Adapter, read_adapter, write_adapter
-from adapter_lab.core.train.data import save_dataset
 from adapter_lab.core.train.random import generator
+from adapter_lab.core.train.storage import save_dataset
 from adapter_lab.tests.server import Server
 from conftest import COMFYUI
 from safetensors.torch import save

@@ -106,9 +106,7 @@ def test_session_leaves_no_trace(load, kind):
     for name, parameter in model.model.named_parameters():
         original, value = before[name]
         assert parameter is original and torch.equal(parameter, value)
-    assert hooks == [
-        (m._forward_hooks, m._forward_pre_hooks) for m in network.modules()
-    ]
+    assert hooks == [(m._forward_hooks, m._forward_pre_hooks) for m in network.modules()]
     assert attributes == [set(vars(m)) for m in network.modules()]
 
 
@@ -127,3 +125,33 @@ def test_batch_equals_its_items(load):
             alone = process.predict(x[i : i + 1], sigma[i : i + 1], [item])
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_recomputation_sees_the_options_of_its_block(load):
+    """The UNet writes the current block into its options; patches read it there."""
+    model = load("sd15").clone()
+    seen = []
+    model.set_model_attn1_patch(
+        lambda q, k, v, options: (seen.append(options["block"]), (q, k, v))[1]
+    )
+    made, blocks = adapters(model), host.blocks(model, architecture(model))
+    with torch.inference_mode(), host.Session(model, made, blocks) as session:
+        value = loss(HostProcess(session), samples.items("sd15", 2))
+        forward, seen[:] = list(seen), []
+        value.backward()
+    assert len(set(forward)) > 2 and seen == forward[::-1]
+
+
+def test_checkpointing_keeps_less(load):
+    """Bytes that autograd holds after the forward pass."""
+    model = load("flux")
+    made, kept = adapters(model), []
+    for blocks in ([], host.blocks(model, architecture(model))):
+        held = {}
+        pack = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, held=held: held.setdefault(t.data_ptr(), t), lambda t: t
+        )
+        with torch.inference_mode(), host.Session(model, made, blocks) as session, pack:
+            loss(HostProcess(session), samples.items("flux", 2))
+        kept.append(sum(t.nbytes for t in held.values()))
+    assert kept[1] < 0.6 * kept[0]

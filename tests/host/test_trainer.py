@@ -11,13 +11,13 @@ import samples
 import torch
 from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig
 from adapter_lab.core.errors import AdapterLabError
-from adapter_lab.core.files import read_adapter
-from adapter_lab.core.train.checkpoints import TrainRun
+from adapter_lab.core.files import Adapter, read_adapter
 from adapter_lab.core.train.config import OptimizerConfig, TrainConfig
 from adapter_lab.core.train.data import TrainDataset, TrainItem
 from adapter_lab.core.train.targets import Targets
 from adapter_lab.nodes.host import model as host
 from adapter_lab.nodes.host import paths, trainer
+from adapter_lab.nodes.host.job import Job
 from adapter_lab.nodes.host.latents import graph
 
 KINDS = ("flux", "wan", "sd15")
@@ -32,9 +32,8 @@ def job(model, kind, steps=4, name="run", config=None, **more):
         targets=Targets("everything", (".*",), (patterns[kind],)),
         optimizer=OptimizerConfig(learning_rate=1e-2),
     )
-    run = TrainRun(name, paths.run_folder(name), paths.run_adapters(name))
     data = more.pop("dataset", samples.dataset(kind))
-    return trainer.Job(model, data, run, TrainConfig(steps, **settings), **(options | more))
+    return Job(model, data, paths.run(name), TrainConfig(steps, **settings), **(options | more))
 
 
 def run(*args, **kwargs):
@@ -64,9 +63,8 @@ def test_run_writes_adapters_that_load(load, kind, algorithm, checkpointing):
         validation=samples.dataset(kind, 1, seed=8),
     )  # fmt: skip
     assert torch.equal(output(model, kind), before)
-    files = paths.run_adapters("run").glob("*.safetensors")
-    assert sorted(f.stem for f in files) == ["run-step00000002", "run-step00000004"]
-    stored = read_adapter(paths.run_adapters("run") / "run-step00000004.safetensors")
+    assert written() == ["run-step00000002", "run-step00000004"]
+    stored = read_adapter(paths.run("run").adapters / "run-step00000004.safetensors")
     assert stored.keys() == result.adapter.keys()
     assert all(torch.equal(stored[k], t) for k, t in result.adapter.items())
     assert stored.metadata["ss_steps"] == "4" and "sshs_model_hash" in stored.metadata
@@ -129,8 +127,8 @@ def test_cancel_keeps_what_was_learned_and_resume_is_exact(load, monkeypatch):
         interrupted(patch, 3)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             run(model, "flux", steps=6)
-    kept = paths.run_adapters("run") / "run-step00000003.safetensors"
-    assert kept.exists() and paths.run_folder("run").joinpath("state.safetensors").exists()
+    kept = paths.run("run").adapters / "run-step00000003.safetensors"
+    assert kept.exists() and paths.run("run").state.exists()
     assert torch.equal(output(model, "flux"), before)
     resumed = run(model, "flux", steps=6)
     assert resumed.progress.losses == whole.progress.losses
@@ -151,34 +149,116 @@ def test_existing_run(load):
     first = run(model, "flux")
     with pytest.raises(AdapterLabError, match="exists already"):
         run(model, "flux", on_existing="error")
-    with pytest.raises(AdapterLabError, match="other settings"):
+    with pytest.raises(AdapterLabError, match="other settings.*qkv"):
         run(model, "flux", steps=6, adapter=AdapterConfig("lora", 3, 3.0))
     restarted = run(model, "flux", steps=3, on_existing="restart")
     assert restarted.progress.losses == first.progress.losses[:3]
-    files = paths.run_adapters("run").glob("*.safetensors")
-    assert sorted(f.stem for f in files) == ["run-step00000002", "run-step00000003"]
+    assert written() == ["run-step00000002", "run-step00000003"]
+
+
+def written():
+    return sorted(f.stem for f in paths.run("run").adapters.glob("*.safetensors"))
+
+
+def test_restart_deletes_nothing_before_all_is_known_to_be_right(load):
+    model = load("flux")
+    run(model, "flux")
+    wrong = TrainDataset([TrainItem(torch.randn(4, 8, 8), torch.randn(4, 64))])
+    for options in ({"dataset": wrong}, {"targets": Targets("everything", (".*",))}):
+        with pytest.raises(AdapterLabError):
+            run(model, "flux", on_existing="restart", **options)
+        assert written() == ["run-step00000002", "run-step00000004"]
+        assert paths.run("run").state.exists()
+
+
+def test_adapter_files_without_a_state_are_not_overwritten(load):
+    model = load("flux")
+    run(model, "flux")
+    paths.run("run").state.unlink()
+    for choice, says in (("error", "exists already"), ("resume", "cannot be resumed")):
+        with pytest.raises(AdapterLabError, match=says):
+            run(model, "flux", on_existing=choice, config={"seed": 9})
+    run(model, "flux", steps=2, on_existing="restart")
+    assert written() == ["run-step00000002"]
+
+
+def test_adapter_file_that_was_moved_is_written_again(load):
+    model = load("flux")
+    first = run(model, "flux")
+    for path in paths.run("run").adapters.iterdir():
+        path.unlink()
+    again = run(model, "flux")
+    assert written() == ["run-step00000004"]
+    assert all(torch.equal(again.adapter[k], t) for k, t in first.adapter.items())
+
+
+def test_other_data_and_fewer_steps_are_said(load):
+    model = load("flux")
+    run(model, "flux")
+    other = run(model, "flux", steps=5, dataset=samples.dataset("flux", seed=4))
+    assert "resumed with another dataset" in other.report
+    assert "more steps than the 2 asked for" in run(model, "flux", steps=2).report
+
+
+def test_shapes_of_factors_belong_to_the_run(load):
+    model = load("flux")
+    run(model, "flux", adapter=AdapterConfig("lokr", 1, 1.0, factor=4))
+    with pytest.raises(AdapterLabError, match="other settings"):
+        run(model, "flux", steps=6, adapter=AdapterConfig("lokr", 1, 1.0, factor=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_train_like_float32(load, monkeypatch, dtype):
+    """The first update points where that of the same model in float32 does."""
+    halves, real = [], trainer.train
+    monkeypatch.setattr(
+        trainer, "train", lambda process, *args: [halves.append(process.half), real(process, *args)]
+    )
+    updates = []
+    for kind in (torch.float32, dtype):
+        model = load("sd15").clone()
+        model.set_model_compute_dtype(kind)
+        name = str(kind).replace("torch.", "")
+        adapter = run(model, "sd15", steps=1, name=name).adapter
+        updates.append(torch.cat([t.flatten() for k, t in adapter.items() if "lora_up" in k]))
+    assert halves == [False, dtype == torch.float16]
+    assert torch.nn.functional.cosine_similarity(*updates, dim=0) > 0.9
 
 
 def test_keep_last(load):
     run(load("flux"), "flux", steps=7, config={"save_every": 2, "keep_last": 2})
-    files = paths.run_adapters("run").glob("*.safetensors")
-    assert sorted(f.stem for f in files) == ["run-step00000006", "run-step00000007"]
+    assert written() == ["run-step00000006", "run-step00000007"]
 
 
 def test_init_from_goes_on_where_the_adapter_stopped(load):
     model = load("flux")
     first = run(model, "flux", validation=samples.dataset("flux"))
     second = run(
-        model, "flux", name="second", validation=samples.dataset("flux"), init_from=first.adapter
-    )
+        model, "flux", name="second", validation=samples.dataset("flux"), init_from=first.adapter,
+        adapter=AdapterConfig("loha", 8), targets=Targets("everything"),
+    )  # fmt: skip
     assert second.progress.validation[0][1] == pytest.approx(first.progress.validation[-1][1])
+    assert "not of 'config'" in second.report and "not of 'targets'" in second.report
+
+
+def test_init_from_what_cannot_go_on(load):
+    model = load("flux")
+    first = run(model, "flux").adapter
+    twice = dict(first) | {
+        f"lora_unet_double_blocks_0_img_attn_qkv.{k.split('.', 5)[-1]}": t
+        for k, t in first.items()
+        if "double_blocks.0.img_attn.qkv" in k
+    }
+    for adapter, says in ((Adapter(), "Nothing"), (Adapter(twice), "two on a layer")):
+        with pytest.raises(AdapterLabError, match=says):
+            run(model, "flux", name="second", init_from=adapter)
 
 
 @pytest.mark.parametrize(
     ("items", "says"),
     [
         ([TrainItem(torch.randn(4, 8, 8), torch.randn(4, 64))], "4 channels.*expected 16"),
-        ([TrainItem(torch.randn(16, 8, 8), torch.randn(77, 768))], "conditioning.*77 x 768"),
+        ([TrainItem(torch.randn(16, 8, 8), torch.randn(77, 768))], "conditioning.*width 768"),
     ],
 )
 def test_data_of_another_model(load, items, says):
@@ -186,7 +266,9 @@ def test_data_of_another_model(load, items, says):
         run(load("flux"), "flux", dataset=TrainDataset(items))
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "..", "a\\b", ".hidden", "nul\0"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "", "..", "a\\b", ".x", "nul", "Con.x", "a" * 101, "x."]
+)
 def test_names_that_leave_their_folder(name):
     with pytest.raises(AdapterLabError, match="name"):
-        paths.run_folder(name)
+        paths.run(name)
