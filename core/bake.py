@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from .archs import ArchSpec
+from .errors import AdapterLabError
 from .keys import Entry, Report, resolve
 from .keys.names import Override
+
+_SCALES = ("weight_scale", "scale_weight", "comfy_quant")
 
 
 def apply(weight: Tensor, entries: Iterable[Entry], strength: float = 1.0) -> Tensor:
@@ -43,8 +46,9 @@ def merge_into(
         architecture: id or entry; found out from the names in ``weights`` by default.
 
     Raises:
-        AdapterLabError: as :func:`~core.keys.resolve.resolve`. Nothing matching is no error here:
-            the report says so, and its ``error()`` is what to raise.
+        AdapterLabError: as :func:`~core.keys.resolve.resolve`; a weight that is stored scaled.
+            Nothing matching is no error here: the report says so, and its ``error()`` is what to
+            raise.
     """
     entries, report = resolve(adapter, weights, architecture, targets=targets)
     by_key: dict[str, list[Entry]] = {}
@@ -53,5 +57,19 @@ def merge_into(
     merged: dict[str, Tensor] = {}
     with torch.no_grad():
         for key, group in by_key.items():
+            _refuse_scaled(weights, key)
             merged[key] = apply(weights[key].to(torch.float32, copy=True), group, strength)
     return merged, report
+
+
+def _refuse_scaled(weights: Mapping[str, Tensor], key: str) -> None:
+    """A quantised weight means nothing without the scale beside it."""
+    stem = key.removesuffix("weight")
+    scales = [name for s in _SCALES if (name := stem + s) in weights]
+    if scales and key.endswith(".weight"):
+        raise AdapterLabError(
+            f"'{key}' is quantised",
+            found=f"{str(weights[key].dtype).removeprefix('torch.')} with '{scales[0]}'",
+            expected="bf16, fp16 or fp32 weights",
+            fix="Merge into the unquantised model",
+        )

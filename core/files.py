@@ -73,7 +73,7 @@ class Adapter(dict[str, Tensor]):
         result = self.copy()
         for name, tensor in self.items():
             if dtype is not None and tensor.is_floating_point() and tensor.numel() > 1:
-                result[name] = tensor.to(dtype)
+                result[name] = tensor.to("cpu", dtype)
                 if not is_finite(result[name]):
                     failed = f"'{name}' does not fit into {dtype}"
                     raise AdapterLabError(failed, fix="Choose another dtype.")

@@ -9,7 +9,8 @@ from ..files import Adapter
 from .base import FORMATS
 from .report import title
 from .resolve import resolve
-from .stems import read_stems
+from .scale import config_scale
+from .stems import Stem, read_stems
 
 _SHOWN = ("ss_", "sshs_", "modelspec.")
 _LONGEST = 120
@@ -22,7 +23,7 @@ def describe(adapter: Adapter) -> str:
         AdapterLabError: a malformed module.
     """
     _, report = resolve(adapter, {})
-    loaded = [load(stem.tensors) for stem in read_stems(adapter).values()]
+    loaded = [load(s.tensors, _scale(adapter, s)) for s in read_stems(adapter).values()]
     modules = [algorithm for algorithm in loaded if algorithm is not None]
     ranks = Counter((m.rank, round(m.alpha, 4)) for m in modules)
     named = " + ".join(f"{n} {ALGORITHMS[a].title}" for a, n in report.algorithms.items())
@@ -45,3 +46,10 @@ def describe(adapter: Adapter) -> str:
         if key.startswith(_SHOWN)
     ]
     return "\n".join(lines)
+
+
+def _scale(adapter: Adapter, stem: Stem) -> float | None:
+    """The scale that peft's config gives a module without alpha."""
+    if not adapter.config or "alpha" in stem.tensors:
+        return None
+    return config_scale(adapter.config, stem.clean)

@@ -230,3 +230,13 @@ def test_nothing_that_fits_changes_nothing_and_says_so():
     assert merged == {}
     with pytest.raises(AdapterLabError, match=r"Wan.*FLUX\.1"):
         raise report.error()
+
+
+def test_scaled_weights_are_refused():
+    """Their numbers are not the weights: merging would add a delta of another size."""
+    factors = {"lora_up.weight": torch.ones(4, 2), "lora_down.weight": torch.ones(2, 4)}
+    adapter = {f"layer.{suffix}": tensor for suffix, tensor in factors.items()}
+    weights = {"layer.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}
+    assert merge_into(weights, adapter)[0]["layer.weight"].max() == 3
+    with pytest.raises(AdapterLabError, match="quantised.*float8_e4m3fn.*weight_scale"):
+        merge_into(weights | {"layer.weight_scale": torch.tensor(0.01)}, adapter)

@@ -64,11 +64,11 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     twice = f'{{"{name}": {json.dumps(header[name])}, "{name}": {json.dumps(header[name])}}}'
     up, down = "lora_up.weight", "lora_down.weight"
     return {
-        "truncated": (whole[:-100], "truncated"),
+        "truncated": (whole[:-100], "cut off"),
         "pickle": (pickle.dumps(good()), "pickle"),
         "empty": (b"", "empty"),
         "text": (b"this is not a model at all, but a page of text\n" * 20, "text"),
-        "claims": (_pack(json.dumps(claims), whole[8 + size :]), ""),
+        "claims": (_pack(json.dumps(claims), whole[8 + size :]), "cut off"),
         "twice": (_pack(twice, whole[8 + size :]), "twice"),
         "nan": (save(good(**{up: torch.full((384, 4), torch.nan)})), "NaN"),
         "shapes": (save(good(**{down: torch.zeros(5, 128)})), STEM),
@@ -145,8 +145,9 @@ def test_nodes_are_those_of_the_contract(server):
 
 
 def test_no_log_line_at_import(server):
-    lines = [line for line in server.log.splitlines() if "adapter_lab" in line.lower()]
-    assert lines == []
+    """Only ComfyUI's own timing names the pack."""
+    lines = [line for line in server.log.splitlines() if "any name" in line or "AdapterLab" in line]
+    assert len(lines) == 1 and "seconds" in lines[0], lines
 
 
 def test_report_is_on_the_node_and_an_output(server):
@@ -178,7 +179,7 @@ def test_training_from_the_graph(server):
     assert factors == {torch.bfloat16}
     assert adapter.metadata["modelspec.author"] == "me" and adapter.metadata["ss_steps"] == "3"
     loaded = server.run(load("mine/x_00001_.safetensors"))
-    assert loaded.ok and "no" not in loaded.texts["1"].split("modules")[0]
+    assert loaded.ok and not loaded.outputs["1"]["adapter_lab"][0]["unmatched"]
 
 
 @pytest.mark.parametrize(
