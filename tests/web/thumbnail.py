@@ -12,31 +12,18 @@ import os
 import sys
 from pathlib import Path
 
-from PIL import Image
 from playwright.sync_api import sync_playwright
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "demo")]
 
-from frontend import CHECKOUT, FLAGS, FrontEnd
-from server import Server
+from frontend import CHECKOUT, FLAGS, FrontEnd  # noqa: E402
+from server import Server  # noqa: E402
+from summary import sheet  # noqa: E402
 
-CELL, GAP, EACH = 118, 4, 4  # pixels, pixels, pictures of a prompt
+CELL, EACH = 118, 4  # pixels, pictures of a prompt
 SHOWN = 2  # of them in each half
 SAVED = """() => Object.fromEntries(app.graph.nodes.filter((n) => n.type === "SaveImage").map(
   (n) => [n.widgets[0].value.split("/").pop(), app.nodeOutputs[n.id].images]))"""
-
-
-def thumbnail(halves: list[list[Path]]) -> Image.Image:
-    rows = len(halves[0]) // EACH
-    side = SHOWN * (CELL + GAP)
-    sheet = Image.new("RGB", (2 * side + 2 * GAP, rows * (CELL + GAP) - GAP), "#202020")
-    for half, files in enumerate(halves):
-        for row in range(rows):
-            for column, file in enumerate(files[row * EACH : row * EACH + SHOWN]):
-                cell = Image.open(file).resize((CELL, CELL), Image.Resampling.LANCZOS)
-                x = half * (side + 3 * GAP) + column * (CELL + GAP)
-                sheet.paste(cell, (x, row * (CELL + GAP)))
-    return sheet
 
 
 def main(names: list[str]) -> None:
@@ -54,7 +41,8 @@ def main(names: list[str]) -> None:
             saved = front.js(SAVED)
             halves = [[server.base / "output" / one["subfolder"] / one["filename"]
                        for one in saved[half]] for half in ("before", "after")]
-            thumbnail(halves).save(path.with_suffix(".jpg"), quality=88, optimize=True)
+            picture = sheet(halves, len(halves[0]) // EACH, SHOWN, CELL)
+            picture.save(path.with_suffix(".jpg"), quality=88, optimize=True)
         browser.close()
 
 
