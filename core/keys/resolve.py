@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..adapters import ALGORITHMS, Algorithm, load
-from ..archs import ARCHITECTURES, ArchSpec, detect, detect_stems
+from ..archs import ARCHITECTURES, ArchSpec, detect, detect_stems, wildcard
 from ..errors import AdapterLabError
 from ..files import Adapter
 from .base import FORMATS, KeyFormat
@@ -196,6 +196,8 @@ class _Matcher:
             whose = "the diffusion model" if part == "model" else f"the text encoder {part}"
             return f"for {whose}, which is not among the given weights"
         near = self.names.nearest(*places[0], form.separator)
+        if near and wildcard(near)[0] == wildcard(places[0][1])[0]:
+            return "the model has no block of this number"
         return "no module of this name" + (f"; the nearest is {near}" if near else "")
 
     def _misfit(self, algorithm: Algorithm, target: Target) -> str:

@@ -183,7 +183,8 @@ def test_partial_match_is_reported_or_refused(load):
         file[f"lora_unet_double_blocks_7_img_attn_qkv.{suffix}"] = file[stem + suffix]
     report = host.apply(model, None, file, 1.0, 1.0, "report").report
     assert len(report.matched) == 3
-    assert list(report.unmatched) == ["lora_unet_double_blocks_7_img_attn_qkv"]
+    reason = "the model has no block of this number"
+    assert report.unmatched == {"lora_unet_double_blocks_7_img_attn_qkv": reason}
     assert "3 of 4 modules" in report.to_text()
     with pytest.raises(AdapterLabError, match="double_blocks_7"):
         host.apply(model, None, file, 1.0, 1.0, "error")
