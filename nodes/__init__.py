@@ -13,6 +13,7 @@ class AdapterLabExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         paths.register_demo_models()
+        paths.serve_web_files()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         modules = (load, inspect, save, dataset, configure, train)

@@ -133,7 +133,8 @@ class ChooseTargets(io.ComfyNode):
         targets = Targets(preset, lines(exclude), lines(include))
         modules = session.layers(model)
         chosen = targets.select(modules, host.architecture(model))
-        text = "\n".join([f"{len(chosen)} of {len(modules)} modules", *chosen])
+        idle = [f"Note: '{pattern}' matches no whole name" for pattern in targets.idle(modules)]
+        text = "\n".join([f"{len(chosen)} of {len(modules)} modules", *idle, *chosen])
         return io.NodeOutput(targets, text, ui=panel(text))
 
 

@@ -74,7 +74,7 @@ class Dataset(io.ComfyNode):
     ) -> io.NodeOutput:
         dataset = host.dataset(latents, conditioning, mask or [], name[0].strip())
         if dataset.name:
-            save_dataset(paths.dataset_folder(dataset.name), dataset)
+            save_dataset(paths.new_dataset(dataset.name), dataset)
         return _output(dataset)
 
 

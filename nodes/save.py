@@ -85,6 +85,8 @@ class SaveAdapter(io.ComfyNode):
         dtype: str,
         metadata: str = "",
     ) -> io.NodeOutput:
+        if not adapter:
+            raise AdapterLabError("The adapter is empty", found="no tensors")
         written = convert(Adapter.of(adapter), key_format).cast(DTYPES[dtype])
         written.metadata.update(_metadata(metadata))
         path = paths.numbered(filename_prefix, "loras")

@@ -154,6 +154,9 @@ class Algorithm(ABC):
             found = f"{name} of shape {tuple(t.shape)}"
             if t.ndim < 2:
                 raise AdapterLabError(f"A {cls.title} factor is not a matrix", found=found)
+            if not t.is_floating_point():
+                found = f"{found} and {str(t.dtype).removeprefix('torch.')}"
+                raise AdapterLabError(f"A {cls.title} factor holds no real numbers", found=found)
             if not t.numel():
                 expected = "a rank of 1 or more"
                 raise AdapterLabError(

@@ -47,7 +47,7 @@ def convert(
     family = _family(form, spec, places.values())
     _refuse(
         (s for s, place in places.items() if not getattr(place, family)), form,
-        "are parts of a fused weight, or fused, where its names are not",
+        "hold q, k and v apart where this format names them as one, or the other way round",
     )  # fmt: skip
     prefixes: Mapping[str, str] = spec.prefixes.get(form.id, {}) if spec else {}
     converted = Adapter({}, source.metadata, None, source.name)

@@ -96,10 +96,11 @@ class Report:
             fix = f"Load it with {title(self.file_architecture)}"
         elif reasons:
             fix = f"Most often: {reasons.most_common(1)[0][0]}"
+        same = self.file_architecture and self.file_architecture == self.architecture
         return AdapterLabError(
-            f"Nothing in {subject} fits this model",
+            f"Nothing in {subject} {'can be applied' if same else 'fits this model'}",
             found=f"{count} for {title(self.file_architecture)}{form}",
-            expected=f"modules of {title(self.architecture)}",
+            expected="" if same else f"modules of {title(self.architecture)}",
             fix=fix,
         )
 

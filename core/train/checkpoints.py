@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from ..atomic import telling
 
@@ -43,6 +44,14 @@ class TrainRun:
     def exists(self) -> bool:
         """Whether there is anything of it on disk."""
         return self.state.exists() or bool(self.checkpoints())
+
+    def require_space(self) -> None:
+        """Find out before training, not after, that nothing can be written."""
+        for folder in (self.folder, self.adapters):
+            with telling(f"Cannot write to '{folder}'"):
+                folder.mkdir(parents=True, exist_ok=True)
+                with TemporaryFile(dir=folder) as file:
+                    file.write(b"adapter")
 
     def prune(self, keep: int) -> None:
         """Delete all but the last ``keep`` adapter files; 0 keeps all.

@@ -41,6 +41,14 @@ class TrainItem:
                 found=str(tuple(self.latent.shape)),
                 expected="(channels, height, width) or (channels, frames, height, width)",
             )
+        if self.mask is not None and not bool((self.mask > 0).any()):
+            raise AdapterLabError(
+                "A mask is black everywhere, so that nothing would be learned",
+                fix="White is what counts. Load Image gives a black mask for a picture without "
+                "transparency: invert it, or leave 'mask' empty",
+            )
+        if not math.isfinite(self.weight):
+            raise AdapterLabError("The weight of a training item is no number")
         for name, tensor in tensors({"latent": self.latent, "conditioning": self.cond,
                                      "mask": self.mask, **self.extra}):  # fmt: skip
             if not bool(torch.isfinite(tensor).all()):
@@ -76,7 +84,7 @@ class TrainDataset:
                 "The dataset is empty",
                 found="0 items",
                 expected="at least one latent",
-                fix="Connect encoded images to 'latents'",
+                fix="Encode at least one image",
             )
         self.items, self.name = list(items), name
         self.buckets: dict[tuple[int, ...], list[int]] = {}

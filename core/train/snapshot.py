@@ -68,7 +68,11 @@ def load(
     Raises:
         AdapterLabError: no state, or one of other settings; names what differs.
     """
-    stored = read_adapter(path)
+    try:
+        stored = read_adapter(path)
+    except AdapterLabError as error:
+        fix = "Set 'on_existing' to restart, or delete the file"
+        raise AdapterLabError(error.failed, found=error.found, fix=fix) from error
     if not stored.metadata.keys() >= _METADATA:
         raise AdapterLabError(f"'{path}' is not the state of a training run")
     _require_same(path, json.loads(stored.metadata["identity"]), identity)

@@ -42,6 +42,12 @@ class Targets:
         for pattern in (*self.exclude, *self.include):
             _compile(pattern)
 
+    def idle(self, names: Iterable[str]) -> list[str]:
+        """The patterns that match none of ``names``."""
+        names = list(names)
+        patterns = [*self.exclude, *self.include]
+        return [p for p in patterns if not any(_compile(p).fullmatch(name) for name in names)]
+
     def select(self, names: Iterable[str], arch: ArchSpec | None) -> list[str]:
         """The chosen ones of ``names``, in their order.
 

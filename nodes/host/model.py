@@ -58,22 +58,23 @@ def apply(
         AdapterLabError: nothing matches, or something does not and ``on_unmatched`` is "error".
     """
     entries, report = resolve(adapter, index(model, clip))
-    require_fit(report, complete=on_unmatched == "error")
+    rest = "Set 'on_unmatched' to report to load the rest" if on_unmatched == "error" else ""
+    require_fit(report, rest)
     diffusion = [e for e in entries if e.key.startswith(DIFFUSION)]
     encoder = [e for e in entries if not e.key.startswith(DIFFUSION)]
     patched = _patched(model, diffusion, strength_model)
     return Applied(patched, clip and _patched(clip, encoder, strength_clip), report)
 
 
-def require_fit(report: Report, complete: bool) -> None:
-    """Raise where nothing matched or, if ``complete``, where something did not."""
+def require_fit(report: Report, advice: str = "") -> None:
+    """Raise where nothing matched or, with ``advice`` for that case, where something did not."""
     if not report.matched:
         raise report.error()
-    if complete and report.unmatched:
+    if advice and report.unmatched:
         raise AdapterLabError(
             f"'{report.name}' does not fit completely",
             found=report.to_text(),
-            fix="Set 'on_unmatched' to report to load the rest",
+            fix=advice,
         )
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import folder_paths
 
+import nodes
+
+from ...core.atomic import telling
 from ...core.errors import AdapterLabError
 from ...core.train.checkpoints import TrainRun
 
-DEMO = Path(__file__).resolve().parents[2] / "workflows" / "demo"
+PACK = Path(__file__).resolve().parents[2]
+DEMO = PACK / "workflows" / "demo"
 _DEMO_MODELS = ("diffusion_models", "vae", "loras")
 # What Windows, Linux and macOS refuse in a file name, and what would leave the folder.
+LONGEST_NAME = 100  # bytes; a file system takes 255, and we add to it
 _DEVICES = r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)"
-_FORBIDDEN = re.compile(rf'^$|^\.|[. ]$|[\x00-\x1f<>:"/\\|?*]|^.{{101}}|^{_DEVICES}', re.IGNORECASE)
+_FORBIDDEN = re.compile(rf'^$|^\.|[. ]$|[\x00-\x1f<>:"/\\|?*]|^{_DEVICES}', re.IGNORECASE)
 
 
 def register_demo_models() -> None:
@@ -22,6 +28,18 @@ def register_demo_models() -> None:
     for kind in _DEMO_MODELS:
         if (DEMO / kind).is_dir():
             folder_paths.add_model_folder_path(kind, str(DEMO / kind))
+
+
+def serve_web_files() -> None:
+    """Serve the pack's scripts under a name that can be a URL.
+
+    ComfyUI serves them under the name of the pack's folder, whatever that is, but the server under
+    it finds nothing below a name that has to be quoted ("My Pack").
+    """
+    for name, folder in list(nodes.EXTENSION_WEB_DIRS.items()):
+        if Path(folder).resolve() == PACK / "web" and quote(name) != name:
+            del nodes.EXTENSION_WEB_DIRS[name]
+            nodes.EXTENSION_WEB_DIRS[re.sub(r"[^A-Za-z0-9_.-]", "-", name)] = folder
 
 
 def output(*parts: str) -> Path:
@@ -63,10 +81,10 @@ def checked_name(name: str, what: str) -> str:
         AdapterLabError: empty, or it would leave its folder or is no file name somewhere.
     """
     stripped = name.strip()
-    if _FORBIDDEN.search(stripped):
+    if _FORBIDDEN.search(stripped) or len(stripped.encode()) > LONGEST_NAME:
         raise AdapterLabError(
             f"The {what} '{name}' cannot name a folder",
-            expected="up to 100 letters, digits, spaces, '-', '_' and inner dots, no path",
+            expected=f"up to {LONGEST_NAME} letters, digits, spaces, '-', '_' and inner dots, no path",
             fix=f"Change the {what}",
         )
     return stripped
@@ -81,6 +99,16 @@ def run(name: str) -> TrainRun:
 def dataset_folder(name: str) -> Path:
     """Folder of the user's dataset ``name``, there or not."""
     return output("adapter_lab", "datasets", checked_name(name, "dataset name"))
+
+
+def new_dataset(name: str) -> Path:
+    """Folder for a dataset to save; refuses the names of the demo's, which it would hide."""
+    folder = dataset_folder(name)
+    if (DEMO / "datasets" / folder.name).exists():
+        raise AdapterLabError(
+            f"'{folder.name}' is one of the demo's datasets", fix="Choose another"
+        )
+    return folder
 
 
 def find_dataset(name: str) -> Path:
@@ -105,12 +133,13 @@ def numbered(prefix: str, root: str, suffix: str = ".safetensors") -> Path:
     """
     base = output(root)
     parts = prefix.replace("\\", "/").split("/")
-    if any(_FORBIDDEN.search(part) for part in parts):
+    if any(_FORBIDDEN.search(p) or len(p.encode()) > LONGEST_NAME for p in parts):
         raise AdapterLabError(
             f"The prefix '{prefix}' does not name a file inside {root}",
             expected="a name such as 'my_adapter' or 'styles/my_adapter'",
         )
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(base))
+    with telling(f"Cannot write to '{base}'"):
+        folder, name, counter, _, _ = folder_paths.get_save_image_path("/".join(parts), str(base))
     while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():
         counter += 1
     return path

@@ -67,6 +67,7 @@ class Trainer:
             ):
                 process = HostProcess(session)
                 process.check([*job.dataset, *(job.validation or ())])
+                job.run.require_space()
                 # Not before everything that can be wrong was seen to be right.
                 if job.on_existing == "restart":
                     job.run.clear()
@@ -174,7 +175,7 @@ class Trainer:
     def _given(self, adapter: Adapter) -> dict[str, Algorithm]:
         """The modules of an adapter to go on from; they decide what is trained."""
         entries, report = resolve(adapter, shapes(self.job.model.model))
-        require_fit(report, complete=True)
+        require_fit(report, "Only an adapter of which everything fits can be trained on")
         given = {e.path: e.algorithm for e in entries if e.slice is None and e.part == "model"}
         if len(given) < len(entries) or not given.keys() <= layers(self.job.model).keys():
             raise AdapterLabError(

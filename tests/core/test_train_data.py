@@ -100,6 +100,8 @@ def test_dataset_is_never_replaced(tmp_path):
     [
         (lambda: TrainDataset([]), "empty"),
         (lambda: TrainItem(torch.randn(4, 8), None), "shape"),
+        (lambda: item(mask=torch.zeros(8, 8)), "black everywhere"),
+        (lambda: item(weight=float("nan")), "weight"),
         (lambda: TrainItem(torch.full((4, 2, 2), torch.nan), None), "in its latent"),
         (lambda: item(extra={"y": [torch.full((3,), torch.inf)]}, caption="cat"), "'cat'.* y.0"),
     ],

@@ -39,6 +39,10 @@ def test_patterns_match_whole_names():
     assert Targets("everything", exclude=("img_attn",)).select(NAMES, FLUX) == NAMES
 
 
+def test_patterns_without_effect_are_named():
+    assert Targets("everything", ("img_attn",), (".*qkv",)).idle(NAMES) == ["img_attn"]
+
+
 def test_unknown_architecture_trains_everything():
     assert Targets("default").select(NAMES, None) == NAMES
 

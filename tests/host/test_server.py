@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import struct
+import urllib.request
 
 import pytest
 import samples
@@ -148,6 +149,14 @@ def test_no_log_line_at_import(server):
     """Only ComfyUI's own timing names the pack."""
     lines = [line for line in server.log.splitlines() if "any name" in line or "AdapterLab" in line]
     assert len(lines) == 1 and "seconds" in lines[0], lines
+
+
+def test_scripts_are_served_from_a_folder_of_any_name(server):
+    ours = [path for path in server.get("/extensions") if path.endswith("adapter_lab.js")]
+    assert len(ours) == 1
+    for path in (ours[0], ours[0].replace("js/adapter_lab.js", "lib/panel.mjs")):
+        with urllib.request.urlopen(server.address + path) as answer:
+            assert answer.status == 200
 
 
 def test_report_is_on_the_node_and_an_output(server):

@@ -182,6 +182,24 @@ def test_adapter_files_without_a_state_are_not_overwritten(load):
     assert written() == ["run-step00000002"]
 
 
+@pytest.mark.parametrize("blocked", ["adapters", "folder"])
+def test_a_place_that_cannot_be_written_to_is_found_before_training(load, monkeypatch, blocked):
+    place = getattr(paths.run("run"), blocked)
+    place.parent.mkdir(parents=True)
+    place.write_text("a file where the folder should be")
+    monkeypatch.setattr(trainer, "train", lambda *_: pytest.fail("training began"))
+    with pytest.raises(AdapterLabError, match="Cannot write to"):
+        run(load("flux"), "flux")
+
+
+def test_damaged_state_says_what_to_do(load):
+    model = load("flux")
+    run(model, "flux")
+    paths.run("run").state.write_bytes(b"")
+    with pytest.raises(AdapterLabError, match="on_existing"):
+        run(model, "flux", steps=6)
+
+
 def test_adapter_file_that_was_moved_is_written_again(load):
     model = load("flux")
     first = run(model, "flux")
@@ -267,8 +285,21 @@ def test_data_of_another_model(load, items, says):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/b", "", "..", "a\\b", ".x", "nul", "Con.x", "a" * 101, "x."]
+    "name", ["../x", "a/b", "", "..", "a\\b", ".x", "nul", "Con.x", "ä" * 51, "x."]
 )
 def test_names_that_leave_their_folder(name):
     with pytest.raises(AdapterLabError, match="name"):
         paths.run(name)
+
+
+@pytest.mark.parametrize("prefix", ["../x", "/x", "", "a/", "a/../b", "a:b", ".x", "x" * 101, "a\0"])
+def test_prefixes_that_name_no_file(prefix):
+    with pytest.raises(AdapterLabError, match="prefix"):
+        paths.numbered(prefix, "loras")
+
+
+def test_prefixes_count_up():
+    first = paths.numbered("a\\b", "loras")
+    first.write_bytes(b"")
+    assert first == paths.output("loras", "a", "b_00001_.safetensors")
+    assert paths.numbered("a/b", "loras").name == "b_00002_.safetensors"
