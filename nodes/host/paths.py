@@ -36,10 +36,12 @@ def serve_web_files() -> None:
     ComfyUI serves them under the name of the pack's folder, whatever that is, but the server under
     it finds nothing below a name that has to be quoted ("My Pack").
     """
-    for name, folder in list(nodes.EXTENSION_WEB_DIRS.items()):
+    # ComfyUI's module of this name, which type checkers take for ours.
+    served: dict[str, str] = nodes.EXTENSION_WEB_DIRS  # pyright: ignore
+    for name, folder in list(served.items()):
         if Path(folder).resolve() == PACK / "web" and quote(name) != name:
-            del nodes.EXTENSION_WEB_DIRS[name]
-            nodes.EXTENSION_WEB_DIRS[re.sub(r"[^A-Za-z0-9_.-]", "-", name)] = folder
+            del served[name]
+            served[re.sub(r"[^A-Za-z0-9_.-]", "-", name)] = folder
 
 
 def output(*parts: str) -> Path:
@@ -84,7 +86,7 @@ def checked_name(name: str, what: str) -> str:
     if _FORBIDDEN.search(stripped) or len(stripped.encode()) > LONGEST_NAME:
         raise AdapterLabError(
             f"The {what} '{name}' cannot name a folder",
-            expected=f"up to {LONGEST_NAME} letters, digits, spaces, '-', '_' and inner dots, no path",
+            expected=f"at most {LONGEST_NAME} letters, digits, spaces, '-', '_' and inner dots",
             fix=f"Change the {what}",
         )
     return stripped

@@ -246,7 +246,7 @@ def test_convert_maps_diffusers_names_and_refuses_parts_of_a_fused_weight():
     (stem,) = read_stems(convert(whole, "comfyui"))
     assert stem == "diffusion_model.double_blocks.0.img_mlp.2"
     split = adapter("diffusers", {f"transformer_blocks.0.attn.to_{x}": H for x in "qkv"})
-    with pytest.raises(AdapterLabError, match="3 modules.*fused.*attn.to_q"):
+    with pytest.raises(AdapterLabError, match="3 modules.*apart.*attn.to_q"):
         convert(split, "kohya")
 
 

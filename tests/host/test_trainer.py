@@ -292,7 +292,9 @@ def test_names_that_leave_their_folder(name):
         paths.run(name)
 
 
-@pytest.mark.parametrize("prefix", ["../x", "/x", "", "a/", "a/../b", "a:b", ".x", "x" * 101, "a\0"])
+@pytest.mark.parametrize(
+    "prefix", ["../x", "/x", "", "a/", "a/../b", "a:b", ".x", "x" * 101, "a\0"]
+)
 def test_prefixes_that_name_no_file(prefix):
     with pytest.raises(AdapterLabError, match="prefix"):
         paths.numbered(prefix, "loras")
