@@ -16,6 +16,14 @@ _CATEGORY = f"{CATEGORY}/load"
 _ALIASES = ["lora", "locon", "loha", "lokr", "lycoris", "load lora", "adapter"]
 
 
+def _file_input() -> io.Input:
+    return io.Combo.Input(
+        "adapter_name",
+        options=paths.adapters(),
+        tooltip="A file in models/loras or output/loras.",
+    )
+
+
 def _model_inputs() -> list[Any]:
     return [
         io.Model.Input("model", tooltip="The diffusion model to adapt. It is not changed itself."),
@@ -81,11 +89,7 @@ class LoadAdapter(io.ComfyNode):
             has_intermediate_output=True,
             inputs=[
                 *_model_inputs(),
-                io.Combo.Input(
-                    "adapter_name",
-                    options=paths.adapters(),
-                    tooltip="A file in models/loras or output/loras.",
-                ),
+                _file_input(),
                 *_strength_inputs(),
             ],
             outputs=_outputs(),
@@ -120,13 +124,7 @@ class AdapterFile(io.ComfyNode):
             description="Reads an adapter file for nodes that work on adapters.",
             search_aliases=_ALIASES,
             has_intermediate_output=True,
-            inputs=[
-                io.Combo.Input(
-                    "adapter_name",
-                    options=paths.adapters(),
-                    tooltip="A file in models/loras or output/loras.",
-                )
-            ],
+            inputs=[_file_input()],
             outputs=[
                 io.LoraModel.Output(display_name="adapter", tooltip="The adapter's tensors."),
                 report_output("Algorithm, rank, key format and architecture of the file."),

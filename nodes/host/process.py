@@ -15,6 +15,8 @@ from ...core.train.data import TrainItem, tensors
 from .latents import graph
 from .session import Session
 
+_MARGIN = 1e-3  # one of the thousand steps that discrete models were trained on
+
 
 class HostProcess:
     """Implements :class:`core.train.loop.Process` over a :class:`Session`."""
@@ -45,7 +47,9 @@ class HostProcess:
     def sigmas(self, u: Tensor) -> Tensor:
         """Noise levels at fractions ``u`` of the schedule: what a sampler with many steps visits,
         each equally often, the model's shift included."""
-        return torch.tensor([float(self.sampling.percent_to_sigma(float(v))) for v in u])
+        # At the very ends sigma is 0 or infinite, and the network's output has no meaning.
+        inside = u.clamp(_MARGIN, 1 - _MARGIN).tolist()
+        return torch.tensor([float(self.sampling.percent_to_sigma(v)) for v in inside])
 
     def corrupt(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """x_t of the model's own forward process."""

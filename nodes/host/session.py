@@ -109,7 +109,8 @@ class Session:
 
     def _require_loaded(self) -> None:
         """Weights that are streamed in are overwritten by the next while autograd needs them."""
-        away = [n for n, p in self.model.named_parameters() if p.device != self.device]
+        here = self.device.type
+        away = [name for name, p in self.model.named_parameters() if p.device.type != here]
         if away:
             raise AdapterLabError(
                 "The model is not loaded completely",

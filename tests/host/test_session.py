@@ -155,3 +155,25 @@ def test_checkpointing_keeps_less(load):
             loss(HostProcess(session), samples.items("flux", 2))
         kept.append(sum(t.nbytes for t in held.values()))
     assert kept[1] < 0.6 * kept[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_levels_stay_inside_the_schedule(load, kind):
+    with torch.inference_mode(), host.Session(load(kind), {}, []) as session:
+        process = HostProcess(session)
+        first, *_, last = process.sigmas(torch.tensor([0.0, 0.5, 1.0])).tolist()
+        assert 1e-4 < last < first <= float(process.sampling.sigma_max)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_is_what_the_network_was_trained_to_say(load, kind):
+    """Velocity, noise - latent, for flow models; the noise itself for SD1.5."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.inference_mode(), host.Session(load(kind), {}, []) as session:
+        process = HostProcess(session)
+        x0 = process.latents(samples.items(kind, 2))
+        noise = torch.randn(x0.shape, generator=rng)
+        sigma = process.sigmas(torch.tensor([0.2, 0.7]))
+        target = process.target(x0, process.corrupt(x0, noise, sigma), sigma)
+        expected = noise if kind == "sd15" else noise - x0
+    torch.testing.assert_close(target, expected, rtol=1e-3, atol=1e-3)
