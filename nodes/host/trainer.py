@@ -77,6 +77,8 @@ class Trainer:
                 self.pace.since = time.time()
 
                 def on_step(progress: Progress) -> None:
+                    if progress.step == self.pace.start + 1:
+                        self._note_idle_modules()
                     if job.config.saves_at(progress.step):
                         self._validate(process)
                         self._save()
@@ -90,6 +92,19 @@ class Trainer:
             # BaseException too: ComfyUI cancels with one.
             if self.progress.step > self.saved_at:
                 self._save()
+
+    def _note_idle_modules(self) -> None:
+        """After a step every factor that has a part in the computation has a gradient."""
+        idle = [
+            name
+            for name, algorithm in self.adapters.items()
+            if all(factor.grad is None for factor in algorithm.tensors.values())
+        ]
+        if idle:
+            self.notes.append(
+                f"{len(idle)} modules take no part in the computation and learn nothing: "
+                f"{', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}"
+            )
 
     def _validate(self, process: HostProcess) -> None:
         if self.job.validation is not None:

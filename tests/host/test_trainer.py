@@ -305,3 +305,11 @@ def test_prefixes_count_up():
     first.write_bytes(b"")
     assert first == paths.output("loras", "a", "b_00001_.safetensors")
     assert paths.numbered("a/b", "loras").name == "b_00002_.safetensors"
+
+
+def test_modules_that_learn_nothing_are_named(load):
+    model = load("flux")
+    model.model.diffusion_model.spare = torch.nn.Linear(8, 8)
+    chosen = Targets("everything", (".*",), (".*qkv", "spare"))
+    report = run(model, "flux", targets=chosen).report
+    assert "1 modules take no part in the computation and learn nothing: spare" in report
