@@ -118,7 +118,9 @@ def find_chromium() -> str | None:
     if found or not shutil.which("apt-get") or os.name == "nt" or os.geteuid() != 0:
         return found
     say("installing Debian's chromium for the browser tests")
-    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"]
+    # Without any font, pages are laid out as if they had no text.
+    packages = ["chromium", "fonts-dejavu-core"]
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
     for command in (["apt-get", "update", "-qq"], install):
         subprocess.run(command, stdout=sys.stderr, check=False,
                        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
