@@ -6,15 +6,18 @@ see the same machine; the figure is the median, the ratio that of the medians.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+
+
 def main(names: list[str]) -> int:
     """Run the benches ``names``, or all, in the prepared environment."""
-    if "ADAPTER_LAB_COMFYUI" not in os.environ:
+    if importlib.util.find_spec("adapter_lab") is None:
         prepared = subprocess.check_output([sys.executable, str(HERE.parent / "comfyui.py")])
         python, comfyui = prepared.decode().splitlines()
         os.environ["ADAPTER_LAB_COMFYUI"] = comfyui
