@@ -313,3 +313,22 @@ def test_modules_that_learn_nothing_are_named(load):
     chosen = Targets("everything", (".*",), (".*qkv", "spare"))
     report = run(model, "flux", targets=chosen).report
     assert "1 modules take no part in the computation and learn nothing: spare" in report
+
+
+MIXED = {
+    "flux": (((16, 8, 8), 4), ((16, 8, 10), 4), ((16, 9, 7), 6)),
+    "wan": (((16, 1, 8, 8), 6), ((16, 3, 8, 6), 6), ((16, 3, 8, 6), 9)),
+    "sd15": (((4, 8, 8), 77), ((4, 8, 8), 154), ((4, 12, 8), 77)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_and_lengths_of_prompts_may_differ(load, kind):
+    """Pictures of several sizes, clips of several lengths, captions of several token counts."""
+    first = samples.items(kind, 1)[0]
+    items = [
+        TrainItem(torch.randn(shape), torch.randn(tokens, first.cond.shape[-1]), first.extra)
+        for shape, tokens in MIXED[kind]
+    ]
+    result = run(load(kind), kind, dataset=TrainDataset(items), config={"accumulation": 3})
+    assert all(0.1 < loss < 10 for loss in result.progress.losses)
