@@ -37,7 +37,7 @@ class InspectAdapter(io.ComfyNode):
         text = describe(own)
         if model is None:
             return io.NodeOutput(text, ui=panel(text))
-        _, report = resolve(own, host.index(model))
+        _, report = resolve(own, host.index(model), host.architecture(model))
         text = f"{report.to_text()}\n\n{text}"
         return io.NodeOutput(text, ui=panel(text, report.to_dict()))
 

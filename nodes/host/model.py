@@ -32,11 +32,20 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def index(model: Any, clip: Any = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of everything an adapter can reach in MODEL and CLIP."""
-    found = shapes(model.model)
+    """Names and shapes of everything an adapter can reach in MODEL and CLIP.
+
+    ComfyUI takes patches for parameters beside child modules (Wan's ``blocks.0.modulation``), but
+    never applies them.
+    """
+    found = _patchable(model.model)
     if clip is not None:
-        found |= shapes(clip.cond_stage_model)
+        found |= _patchable(clip.cond_stage_model)
     return found
+
+
+def _patchable(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    leaves = {name for name, child in module.named_modules() if not any(child.children())}
+    return {n: shape for n, shape in shapes(module).items() if n.rpartition(".")[0] in leaves}
 
 
 def architecture(model: Any) -> ArchSpec | None:
@@ -57,7 +66,7 @@ def apply(
     Raises:
         AdapterLabError: nothing matches, or something does not and ``on_unmatched`` is "error".
     """
-    entries, report = resolve(adapter, index(model, clip))
+    entries, report = resolve(adapter, index(model, clip), architecture(model))
     rest = "Set 'on_unmatched' to report to load the rest" if on_unmatched == "error" else ""
     require_fit(report, rest)
     diffusion = [e for e in entries if e.key.startswith(DIFFUSION)]

@@ -11,7 +11,6 @@ import numpy as np
 
 SIZE = 64
 TOKENS = 4
-WIDTH = 64
 COLOURS = {
     "red": (0.86, 0.14, 0.14),
     "green": (0.12, 0.62, 0.22),

@@ -188,3 +188,14 @@ def test_partial_match_is_reported_or_refused(load):
     assert "3 of 4 modules" in report.to_text()
     with pytest.raises(AdapterLabError, match="double_blocks_7"):
         host.apply(model, None, file, 1.0, 1.0, "error")
+
+
+def test_parameters_that_comfyui_never_patches_are_reported(load):
+    model = load("wan")
+    _, file = trained(model, "wan", "lora", 0)
+    stem = "diffusion_model.blocks.0.modulation"
+    file[f"{stem}.lora_up.weight"] = torch.ones(1, 2, 1)
+    file[f"{stem}.lora_down.weight"] = torch.ones(2, 6, 128)
+    report = host.apply(model, None, file, 1.0, 1.0, "report").report
+    assert len(report.matched) == 3 and list(report.unmatched) == [stem]
+    assert report.architecture == "wan"
