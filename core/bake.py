@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _SCALES = ("weight_scale", "scale_weight", "comfy_quant")
 
 
 def apply(weight: Tensor, entries: Iterable[Entry], strength: float = 1.0) -> Tensor:
-    """W + m * dW of every entry, in place, each on its own range of the weight.
+    """W'(m) of every entry, in place, each on its own range of the weight.
 
     Args:
         weight: float32 (out, in, *k), overwritten. entries: all of this one weight.
@@ -24,7 +25,9 @@ def apply(weight: Tensor, entries: Iterable[Entry], strength: float = 1.0) -> Te
     """
     for entry in entries if strength else ():
         part = weight if entry.slice is None else weight.narrow(*entry.slice)
-        part.add_(entry.algorithm.delta(part), alpha=strength)
+        merged = entry.algorithm.at(strength).merge(part)
+        if entry.slice is None:
+            weight = merged  # of another shape where the adapter asks for one
     return weight
 
 
@@ -40,7 +43,7 @@ def merge_into(
 
     Args:
         weights: any state dict; left as it is.
-        strength: m in W + m * dW; 0 gives the weights themselves, bit by bit.
+        strength: m; 0 gives the weights themselves, bit by bit.
         targets: stem -> module of ``weights``, or (module, axis, offset, length); goes before
             matching by name.
         architecture: id or entry; found out from the names in ``weights`` by default.
@@ -58,8 +61,18 @@ def merge_into(
     with torch.no_grad():
         for key, group in by_key.items():
             _refuse_scaled(weights, key)
-            merged[key] = apply(weights[key].to(torch.float32, copy=True), group, strength)
+            settled = [_settled(entry, weights) for entry in group]
+            merged[key] = apply(weights[key].to(torch.float32, copy=True), settled, strength)
     return merged, report
+
+
+def _settled(entry: Entry, weights: Mapping[str, Tensor]) -> Entry:
+    """What acts on a bias told of the weight beside it."""
+    beside = weights.get(f"{entry.key.removesuffix('bias')}weight")
+    if beside is None or not entry.key.endswith(".bias"):
+        return entry
+    weight = beside if entry.slice is None else beside.narrow(*entry.slice)
+    return replace(entry, algorithm=entry.algorithm.settled(weight))
 
 
 def _refuse_scaled(weights: Mapping[str, Tensor], key: str) -> None:

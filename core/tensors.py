@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+# Elements of a block of rows: three of them stay in a core's cache, or one keeps a GPU busy.
+_CPU_BLOCK, _GPU_BLOCK = 3 << 15, 1 << 24
+_SHORT = 16  # elements of a row that cost less than coming to it
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,48 @@ def hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         a: (out, r). b: (r, in). c: (out, s). d: (s, in).
     """
     return _Hadamard.apply(a, b, c, d)
+
+
+def rows_of(weight: Tensor) -> Tensor | None:
+    """``weight`` (out, in, *k) as (out, in * prod(k)) in the same memory; None where that has no
+    such view (channels last)."""
+    return weight.flatten(1) if weight.ndim > 1 and weight[:1].is_contiguous() else None
+
+
+@torch.no_grad()
+def add_kron(rows: Tensor, w1: Tensor, w2: Tensor) -> None:
+    """``rows`` += w1 (x) w2 in place, from memory for a row of blocks and a column of them at most.
+
+    Args:
+        rows: (a c, b d). w1: (a, b). w2: (c, d).
+    """
+    (a, b), (c, d) = w1.shape, w2.shape
+    w1, w2 = w1.to(rows), w2.to(rows)
+    if d < _SHORT:
+        first, second = w1.repeat_interleave(d, 1), w2.repeat(1, b)
+        rows.view(a, c, b * d).addcmul_(first[:, None], second)
+    else:
+        rows.view(a, c, b, d).addcmul_(w1[:, None, :, None], w2[:, None])
+
+
+@torch.no_grad()
+def add_hadamard(rows: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
+    """``rows`` += (A B) o (C D) in place, a block of rows at a time so that both products stay in
+    the cache.
+
+    Args:
+        rows: (out, in). a, c: (out, r). b, d: (r, in).
+    """
+    cpu = rows.device.type == "cpu"
+    block = _CPU_BLOCK * torch.get_num_threads() if cpu else _GPU_BLOCK
+    height = min(len(rows), max(16, block // rows.shape[1] // 16 * 16))
+    left, right = torch.stack((a, c)).to(rows), torch.stack((b, d)).to(rows)
+    products = rows.new_empty(2, height, rows.shape[1])
+    for part, thin in zip(torch.split(rows, height), torch.split(left, height, 1), strict=True):
+        if len(part) < height:
+            products = products[:, : len(part)]
+        torch.bmm(thin, right, out=products)
+        part.addcmul_(products[0], products[1])
 
 
 def low_rank(x: Tensor, op: Op, up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:

@@ -3,28 +3,99 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 
+from ..errors import AdapterLabError
 from ..registry import Registry
-from .base import AdapterConfig, Algorithm, Tensors
+from .base import AdapterConfig, Algorithm, Tensors, numbered
+from .ordered import Ordered
+from .wrapper import Wrapper
 
-__all__ = ["ALGORITHMS", "AdapterConfig", "Algorithm", "load"]
+__all__ = [
+    "ALGORITHMS", "WRAPPERS", "AdapterConfig", "Algorithm", "Ordered", "Tensors", "Wrapper",
+    "is_known", "load", "load_parts", "suffixes",
+]  # fmt: skip
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm")
+WRAPPERS: Registry[type[Wrapper]] = Registry("wrapper")
+SCALAR = "scalar"  # of old LyCORIS files: a learned factor of the delta
 
 
-def _name(item: object) -> str | None:
+def _algorithm(item: object) -> str | None:
     if inspect.isclass(item) and issubclass(item, Algorithm) and not inspect.isabstract(item):
-        return item.name
+        return None if issubclass(item, Wrapper) else item.name
     return None
 
 
-ALGORITHMS.discover(__name__, __path__, _name)
+def _wrapper(item: object) -> str | None:
+    if inspect.isclass(item) and issubclass(item, Wrapper) and item.suffixes:
+        return item.__name__
+    return None
+
+
+ALGORITHMS.discover(__name__, __path__, _algorithm)
+WRAPPERS.discover(__name__, __path__, _wrapper)
 
 
 def load(tensors: Tensors, scale: float | None = None) -> Algorithm | None:
-    """The algorithm whose factors ``tensors`` (suffix -> tensor of one stem) are, or None."""
-    for algorithm in ALGORITHMS.values():
+    """What ``tensors`` (suffix -> tensor of one stem) do to the weight; None for nothing.
+
+    Raises:
+        AdapterLabError: malformed tensors, or tensors of two algorithms.
+    """
+    return load_parts(tensors, scale).get("weight")
+
+
+def load_parts(tensors: Tensors, scale: float | None = None) -> dict[str, Algorithm]:
+    """Parameter ("weight", "bias") -> what ``tensors`` of one module do to it.
+
+    Raises:
+        AdapterLabError: malformed tensors, or tensors of two algorithms.
+    """
+    parts: dict[str, Algorithm] = {}
+    for algorithm in _owners(tuple(tensors)):
         loaded = algorithm.load(tensors, scale)
-        if loaded is not None:
-            return loaded
-    return None
+        if loaded is None:
+            continue
+        other = parts.setdefault(algorithm.parameter, loaded)
+        if other is not loaded:
+            found = f"{other.title} and {loaded.title}: {', '.join(tensors)}"
+            raise AdapterLabError("Two algorithms on one module", found=found)
+    if "weight" in parts:
+        parts["weight"] = _wrapped(parts["weight"], tensors)
+        bias = parts["weight"].bias
+        if bias is not None:
+            if "bias" in parts:
+                raise AdapterLabError("Two biases on one module", found=", ".join(tensors))
+            parts["bias"] = bias
+    return parts
+
+
+@lru_cache(1 << 10)
+def _owners(names: tuple[str, ...]) -> tuple[type[Algorithm], ...]:
+    """The algorithms with a factor among ``names``: the modules of a file have few different."""
+    return tuple(a for a in ALGORITHMS.values() if any(map(a.owns, names)))
+
+
+def _wrapped(algorithm: Algorithm, tensors: Tensors) -> Algorithm:
+    if SCALAR in tensors:
+        if tensors[SCALAR].numel() != 1:
+            found = f"a tensor of shape {tuple(tensors[SCALAR].shape)}"
+            raise AdapterLabError("scalar is not a number", found=found)
+        algorithm = algorithm.at(float(tensors[SCALAR].item()))
+    for wrapper in WRAPPERS.values():
+        if any(suffix in tensors for suffix in wrapper.suffixes):
+            algorithm = wrapper.wrap(algorithm, tensors)
+    return algorithm
+
+
+def suffixes() -> list[str]:
+    """Every canonical suffix that some algorithm or wrapper knows; ``*`` stands for one name."""
+    owners = (*ALGORITHMS.values(), *WRAPPERS.values())
+    return [*dict.fromkeys(s for owner in owners for s in owner.suffixes), SCALAR, "alpha"]
+
+
+def is_known(suffix: str) -> bool:
+    """Whether some algorithm or wrapper knows a tensor of this name."""
+    known = suffixes()
+    return suffix in known or numbered(suffix) in known

@@ -1,6 +1,6 @@
 """The contract every algorithm obeys.
 
-    W' = W + m * dW          m: the user's strength, dW: what the factors stand for
+    W'(m) = W + dW(m)        m: the user's strength; m * dW for all that is additive
 
 Weights are ``(out, in, *k)``, of a grouped convolution ``(out, in / groups, *k)``. Factors may be
 stored in any dtype; a delta is computed in float32.
@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,7 +64,11 @@ class Algorithm(ABC):
     Attributes:
         name: registry name. title: as users write it.
         suffixes: tensor names it owns, in the spelling of LyCORIS/kohya ("lora_up.weight").
-            ``alpha`` belongs to every algorithm and is not listed.
+            ``alpha`` belongs to every algorithm and is not listed. ``*`` stands for one name.
+        parameter: what of a layer it changes, "weight" or "bias".
+        trainable: whether it can be chosen for training.
+        scaled: whether its scale is alpha / rank; where not, alpha means something else or nothing.
+        reads_weight: whether the delta depends on the values of W and not only on its shape.
         tensors: suffix -> factor, without alpha.
         scale: s in dW = s * (...), alpha / r unless the algorithm says otherwise.
     """
@@ -71,8 +76,12 @@ class Algorithm(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    parameter: ClassVar[str] = "weight"
+    trainable: ClassVar[bool] = False
+    scaled: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = False
 
-    def __init__(self, tensors: Tensors, scale: float) -> None:
+    def __init__(self, tensors: Tensors, scale: float = 1.0) -> None:
         self.tensors = dict(tensors)
         self.scale = scale
 
@@ -92,14 +101,14 @@ class Algorithm(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
         """Fresh float32 factors for a weight of ``shape``; the delta is exactly zero."""
+        raise AdapterLabError(f"{cls.title} is read, not trained")
 
     @property
     @abstractmethod
     def rank(self) -> int:
-        """r, the number that alpha is divided by."""
+        """r, the number that alpha is divided by; of an algorithm without ranks its block size."""
 
     @property
     @abstractmethod
@@ -108,17 +117,70 @@ class Algorithm(ABC):
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
-        """dW at strength 1, float32, in the shape and on the device of ``weight``."""
+        """dW, float32, in the shape and on the device of ``weight``."""
 
-    def bypass(self, x: Tensor, op: Op, weight: Tensor) -> Tensor:
+    def merge(self, weight: Tensor) -> Tensor:
+        """W + dW in the place of ``weight``, float32; overridden where it saves a dense dW."""
+        return weight.add_(self.delta(weight))
+
+    def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
         """h(x) with f(x) + h(x) = op(x, W + dW); overridden where no dense dW is needed.
 
         Args:
             x: input of the layer, ``(..., in)`` or ``(b, in, *spatial)``.
             op: the layer without its weight.
-            weight: W, (out, in, *k); may be quantised, most algorithms only read its shape.
+            weight: W, (out, in, *k); unless ``reads_weight`` only its shape means anything.
+            y: op(x, W), the layer's output without its bias, where it is known already.
         """
         return op(x, self.delta(weight).to(x))
+
+    def configured(self, config: Mapping[str, Any]) -> Algorithm:
+        """The algorithm under what peft's adapter_config.json says beyond alpha and r.
+
+        Raises:
+            AdapterLabError: a setting of the wrong type or out of range.
+        """
+        return self
+
+    def at(self, strength: float) -> Self:
+        """The algorithm whose delta is dW(m) of this one; here m * dW, by its scale."""
+        scaled = copy(self)
+        scaled.scale = self.scale * strength
+        return scaled
+
+    def on(self, tensors: Tensors) -> Self:
+        """The same algorithm with its factors replaced, by others of the same names and shapes."""
+        moved = copy(self)
+        moved.tensors = dict(tensors)
+        return moved
+
+    def settled(self, weight: Tensor) -> Algorithm:
+        """The same for the layer that has this weight, ready for use again and again.
+
+        What takes only the weight and the factors to know is worked out: a decomposition, finished
+        rotations. What acts on a bias but depends on the weight beside it learns it here.
+        """
+        return self
+
+    @property
+    def bias(self) -> Algorithm | None:
+        """What it does to the layer's bias, None for nothing."""
+        return None
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether a bypass of an ungrouped layer needs no values of W once it is given y."""
+        return not self.reads_weight
+
+    @property
+    def whole(self) -> str:
+        """Why it needs all rows of a weight and can't act on a range; "" where it can."""
+        return ""
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """What a report adds to the title ("DoRA", "Tucker")."""
+        return ()
 
     def state(self) -> dict[str, Tensor]:
         """Suffix -> tensor as a file holds it, ``alpha`` included."""
@@ -134,35 +196,43 @@ class Algorithm(ABC):
         mine, given = tuple(self.shape), tuple(shape)
         # A linear layer is a 1 x 1 convolution, a 2-D kernel is a 3-D one of length 1.
         same = mine == given or (len(mine) != len(given) and _squeezed(mine) == _squeezed(given))
-        flat = len(mine) == 2 and mine == (given[0], math.prod(given[1:]))
+        flat = len(mine) == 2 and bool(given) and mine == (given[0], math.prod(given[1:]))
         return None if same or flat else f"its delta is {mine}, the weight is {given}"
 
     @classmethod
-    def own(cls, tensors: Tensors) -> dict[str, Tensor]:
+    def own(cls, tensors: Tensors, dims: int = 2) -> dict[str, Tensor]:
         """The factors of this algorithm among ``tensors``; empty when it has none there.
 
         Raises:
-            AdapterLabError: a name of its family ("lokr_...") that it does not know, or a factor
-                that is empty or not a matrix.
+            AdapterLabError: a factor that is empty, holds no real numbers or has fewer than
+                ``dims`` axes.
         """
-        family = cls.suffixes[0].partition("_")[0] + "_"
-        factors = {name: t for name, t in tensors.items() if name.startswith(family)}
+        factors = {name: t for name, t in tensors.items() if cls.owns(name)}
         for name, t in factors.items():
-            if name not in cls.suffixes:
-                known = ", ".join(cls.suffixes)
-                raise AdapterLabError(f"Unknown {cls.title} tensor", found=name, expected=known)
             found = f"{name} of shape {tuple(t.shape)}"
-            if t.ndim < 2:
-                raise AdapterLabError(f"A {cls.title} factor is not a matrix", found=found)
+            if t.ndim < dims:
+                what = "a matrix" if dims == 2 else f"of {dims} axes"
+                raise AdapterLabError(f"A factor of {cls.title} is not {what}", found=found)
             if not t.is_floating_point():
                 found = f"{found} and {str(t.dtype).removeprefix('torch.')}"
-                raise AdapterLabError(f"A {cls.title} factor holds no real numbers", found=found)
+                raise AdapterLabError(f"A factor of {cls.title} holds no real numbers", found=found)
             if not t.numel():
                 expected = "a rank of 1 or more"
                 raise AdapterLabError(
-                    f"A {cls.title} factor is empty", found=found, expected=expected
+                    f"A factor of {cls.title} is empty", found=found, expected=expected
                 )
         return factors
+
+    @classmethod
+    def owns(cls, suffix: str) -> bool:
+        """Whether a tensor of this name is one of its factors."""
+        return suffix in cls.suffixes or numbered(suffix) in cls.suffixes
+
+
+def numbered(suffix: str) -> str:
+    """``suffix`` with a number at its end as ``*``: "oft_blocks.2" -> "oft_blocks.*"."""
+    head, _, number = suffix.rpartition(".")
+    return f"{head}.*" if number.isdecimal() else suffix
 
 
 def _squeezed(shape: Shape) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import Op, hadamard, inner, khatri_rao, low_rank, normal, wide
+from ..tensors import Op, add_hadamard, hadamard, inner, khatri_rao, low_rank, normal, rows_of, wide
 from .base import AdapterConfig, Algorithm, Shape, Tensors, check_product, read_scale, require
 
 HALVES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
@@ -27,6 +27,7 @@ class LoHa(Algorithm):
 
     name = "loha"
     title = "LoHa"
+    trainable = True
     suffixes = tuple(name for names in zip(*HALVES, strict=True) for name in names)
 
     @classmethod
@@ -75,11 +76,19 @@ class LoHa(Algorithm):
         b1, a1, b2, a2 = self._factors(weight)
         return hadamard(b1, a1, b2, a2).reshape(weight.shape)
 
-    def bypass(self, x: Tensor, op: Op, weight: Tensor) -> Tensor:
+    def merge(self, weight: Tensor) -> Tensor:
+        rows = rows_of(weight)
+        b1, a1, b2, a2 = self._factors(weight)
+        if rows is None or b1.shape != b2.shape:
+            return super().merge(weight)
+        add_hadamard(rows, b1, a1, b2, a2)
+        return weight
+
+    def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
         """The product as one LoRA of rank r^2 where that takes fewer multiplications."""
         out, columns = weight.shape[0], math.prod(weight.shape[1:])
         if self.rank**2 * (out + columns) >= out * columns:
-            return super().bypass(x, op, weight)
+            return super().bypass(x, op, weight, y)
         b1, a1, b2, a2 = self._factors(x)
         down = khatri_rao(a1.T, a2.T).T.reshape(-1, *weight.shape[1:])
         return low_rank(x, op, khatri_rao(b1, b2).to(x.dtype), down.to(x.dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import Op, factorization, kaiming_uniform, kron, tucker, wide
+from ..tensors import Op, add_kron, factorization, kaiming_uniform, kron, rows_of, tucker, wide
 from .base import AdapterConfig, Algorithm, Shape, Tensors, check_product, read_scale, require
 
 W1, W2, T2 = "lokr_w1", "lokr_w2", "lokr_t2"
@@ -30,6 +30,7 @@ class LoKr(Algorithm):
 
     name = "lokr"
     title = "LoKr"
+    trainable = True
     suffixes = (W1, W1 + "_a", W1 + "_b", W2, W2 + "_a", W2 + "_b", T2)
 
     def __init__(self, tensors: Tensors, scale: float, nominal_rank: int | None = None) -> None:
@@ -110,10 +111,17 @@ class LoKr(Algorithm):
     def delta(self, weight: Tensor) -> Tensor:
         return kron(self._first(weight), self._second(weight)).reshape(weight.shape)
 
-    def bypass(self, x: Tensor, op: Op, weight: Tensor) -> Tensor:
+    def merge(self, weight: Tensor) -> Tensor:
+        rows = rows_of(weight)
+        if rows is None:
+            return super().merge(weight)
+        add_kron(rows, self._first(weight), self._second(weight).flatten(1))
+        return weight
+
+    def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
         """s W1 X W2^T for a linear layer, where X (b, d) is x in rows; convolutions are rebuilt."""
         if op.dims:
-            return super().bypass(x, op, weight)
+            return super().bypass(x, op, weight, y)
         w1 = self._first(x).to(x.dtype)
         rows = x.reshape(*x.shape[:-1], w1.shape[1], -1)
         if W2 in self.tensors or T2 in self.tensors:

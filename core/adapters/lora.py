@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..tensors import Op, kaiming_uniform, low_rank, tucker, wide
+from ..errors import AdapterLabError
+from ..tensors import Op, inner, kaiming_uniform, low_rank, rows_of, tucker, wide
 from .base import AdapterConfig, Algorithm, Shape, Tensors, check_product, read_scale, require
+from .full import Bias
 
 # Ahead of its kin in menus.
 ORDER = -1
 
 UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
+UP_BIAS = "lora_up.bias"
+EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
 
 class LoRA(Algorithm):
@@ -25,18 +29,24 @@ class LoRA(Algorithm):
     layer, old SD2 files write linear factors as 1 x 1 convolutions), and so is A flattened to
     (r, in * prod(k)).
 
+    ``lora_up.bias`` (out,) adds s times itself to the layer's bias. Of an embedding, whose weight
+    is (number, width), peft's ``lora_embedding_A`` (r, number) is B^T and ``lora_embedding_B``
+    (width, r) is A^T.
+
     Reference: Hu et al. 2021, "LoRA", section 4.1; Tucker: Yeh et al. 2023, "Navigating
     Text-To-Image Customization", section 3; DyLoRA: Valipour et al. 2022.
     """
 
     name = "lora"
     title = "LoRA"
-    suffixes = (UP, DOWN, MID)
+    trainable = True
+    suffixes = (UP, DOWN, MID, UP_BIAS, *EMBEDDING)
 
     @classmethod
     def load(cls, tensors: Tensors, scale: float | None = None) -> Self | None:
-        factors = cls.own(tensors)
-        if not factors:
+        found = _of_embedding(tensors) if any(n in tensors for n in EMBEDDING) else tensors
+        factors = cls.own({name: t for name, t in found.items() if name != UP_BIAS})
+        if not factors and UP_BIAS not in tensors:
             return None
         up, down = require(factors, UP, DOWN)
         mid, width = factors.get(MID), up.flatten(1).shape[1]
@@ -46,6 +56,9 @@ class LoRA(Algorithm):
             point = down[0].numel() == down.shape[1]
             fits = point and (width, len(down)) == mid.shape[:2]
             check_product(fits, factors, UP, MID, DOWN)
+        if UP_BIAS in tensors:
+            factors |= cls.own({UP_BIAS: tensors[UP_BIAS]}, dims=1)
+            check_product(factors[UP_BIAS].shape == (len(up),), factors, UP, UP_BIAS)
         return cls(factors, read_scale(tensors, len(down), scale))
 
     @classmethod
@@ -71,12 +84,51 @@ class LoRA(Algorithm):
         rest = down.shape[1:] if mid is None else (down.shape[1], *mid.shape[2:])
         return (len(self.tensors[UP]), *rest)
 
+    @property
+    def bias(self) -> Bias | None:
+        return (
+            Bias({UP_BIAS: self.tensors[UP_BIAS]}, self.scale) if UP_BIAS in self.tensors else None
+        )
+
+    def at_rank(self, rank: int, growth: float = 0.0) -> Self:
+        """The first ``rank`` columns of B and rows of A, at the scale s (r / rank)^growth.
+
+        DyLoRA trains them to be of use on their own. ``growth`` is how the trainer's scale grows
+        as the rank falls: 0.5 in kohya's, 1 in LyCORIS, whose scale is alpha / rank at every rank;
+        0 keeps the scale, so that this is a part of the whole delta.
+
+        Raises:
+            AdapterLabError: a rank that is not from 1 to r.
+
+        Reference: Valipour et al. 2022, "DyLoRA", section 4.1.
+        """
+        if not 1 <= rank <= self.rank:
+            raise AdapterLabError(
+                "No such rank in this LoRA", found=str(rank), expected=f"1 to {self.rank}"
+            )
+        cut = {UP: (slice(None), slice(rank)), DOWN: slice(rank), MID: (slice(rank), slice(rank))}
+        part = self.on(
+            {name: t[cut[name]] if name in cut else t for name, t in self.tensors.items()}
+        )
+        part.scale = self.scale * (self.rank / rank) ** growth
+        return part
+
     def delta(self, weight: Tensor) -> Tensor:
         up, down, mid = self._factors(weight)
         dense = up @ down if mid is None else tucker(mid, up, down)
         return dense.reshape(weight.shape)
 
-    def bypass(self, x: Tensor, op: Op, weight: Tensor) -> Tensor:
+    def merge(self, weight: Tensor) -> Tensor:
+        """One product that accumulates into the weight itself."""
+        rows = rows_of(weight)
+        if rows is None:
+            return super().merge(weight)
+        up, down, mid = self._factors(weight)
+        down = down if mid is None else inner(mid, down).flatten(1)
+        rows.addmm_(up.to(rows), down.to(rows))
+        return weight
+
+    def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
         """s B (A x), with A (or A, then T) in the place of the layer's own kernel."""
         up, down, mid = self._factors(x)
         if mid is None:
@@ -90,3 +142,14 @@ class LoRA(Algorithm):
         up, down, mid = self.tensors[UP], self.tensors[DOWN], self.tensors.get(MID)
         up = wide(up, like).flatten(1) * self.scale
         return up, wide(down, like).flatten(1), None if mid is None else wide(mid, like)
+
+
+def _of_embedding(tensors: Tensors) -> dict[str, Tensor]:
+    """``tensors`` with peft's factors of an embedding as B and A."""
+    a, b = require(tensors, *EMBEDDING)
+    twice = [name for name in (UP, DOWN, MID) if name in tensors]
+    if twice or a.ndim != 2 or b.ndim != 2:
+        found = ", ".join(f"{n} {tuple(tensors[n].shape)}" for n in (*EMBEDDING, *twice))
+        raise AdapterLabError("A LoRA of an embedding is two matrices", found=found)
+    rest = {name: t for name, t in tensors.items() if name not in EMBEDDING}
+    return {**rest, UP: a.T.contiguous(), DOWN: b.T.contiguous()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from ..registry import Registry
-from .base import Alias, ArchSpec, Shapes, Templates, wildcard
+from .base import Alias, ArchSpec, Order, Shapes, Templates, wildcard
 
 __all__ = [
-    "ARCHITECTURES", "Alias", "ArchSpec", "Shapes", "Templates",
+    "ARCHITECTURES", "Alias", "ArchSpec", "Order", "Shapes", "Templates",
     "detect", "detect_metadata", "detect_stems", "wildcard",
 ]  # fmt: skip
 
@@ -32,7 +34,7 @@ def detect_stems(
     one that ``metadata`` names wins over it on the same condition, and alone where none can.
     """
     names = list(dict.fromkeys(bodies))
-    scores = {spec: sum(map(spec.names, names)) for spec in _models()}
+    scores = {spec: sum(map(spec.names, names)) for spec in _likely(names)}
     able = [spec for spec, score in scores.items() if 2 * score >= len(names) > 0]
     said = detect_metadata(metadata or {})
     if said in able or not able:
@@ -52,3 +54,22 @@ def detect_metadata(metadata: Mapping[str, str]) -> ArchSpec | None:
 
 def _models() -> Iterable[ArchSpec]:
     return (spec for spec in ARCHITECTURES.values() if "model" in spec.parts)
+
+
+def _likely(names: list[str]) -> list[ArchSpec]:
+    """The entries that know at least half of ``names``, whatever numbers are in them."""
+    patterns = Counter(wildcard(name)[0] for name in names)
+    known: Counter[ArchSpec] = Counter()
+    for pattern, count in patterns.items():
+        known.update(dict.fromkeys(_by_pattern().get(pattern, ()), count))
+    return [spec for spec in _models() if 2 * known[spec] >= len(names)]
+
+
+@lru_cache(1)
+def _by_pattern() -> dict[str, list[ArchSpec]]:
+    """Name with its numbers as ``*`` -> the entries that have one such."""
+    table: dict[str, list[ArchSpec]] = {}
+    for spec in _models():
+        for pattern in {*spec.own, *spec.theirs}:
+            table.setdefault(pattern, []).append(spec)
+    return table

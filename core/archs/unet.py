@@ -1,4 +1,4 @@
-"""The UNets of SD1.5 and SDXL. Which of their blocks is which of diffusers' depends on the model.
+"""The UNets of SD1.5, SD2 and SDXL. Which of their blocks is which of diffusers' varies.
 
 Own names count blocks through ("input_blocks.4.1"); diffusers counts levels and, within a level,
 residual blocks, attentions and resamplers apart ("down_blocks.1.attentions.0").
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from .base import Alias, ArchSpec, Condition, Shapes, aliases, own_names
 
@@ -35,6 +35,8 @@ _ENDS = aliases("", "", {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
 })  # fmt: skip
 _END_NORMS = aliases("", "", {"conv_norm_out": "out.0"})
 
@@ -103,6 +105,19 @@ def _published(attention: tuple[bool, ...]) -> set[str]:
     return modules
 
 
+_GROUPS = {
+    "down": ("input_blocks.*",),
+    "middle": ("middle_block.*",),
+    "up": ("output_blocks.*",),
+    "attention": ("*.attn1.*", "*.attn2.*"),
+    "self attention": ("*.attn1.*",),
+    "cross attention": ("*.attn2.*",),
+    "mlp": ("*.ff.*",),
+    "convolution": ("*.in_layers.2", "*.out_layers.3", "*.skip_connection"),
+    "modulation": ("*.emb_layers.*", "time_embed.*", "label_emb.*"),
+}
+
+
 def _unet(
     id: str, title: str, detect: Condition, attention: tuple[bool, ...], depth: str = "{}",
     **fields: Any,
@@ -117,6 +132,11 @@ def _unet(
         aliases=tuple(layers + norms),
         excludes=(r"(?!.*(transformer_blocks|proj_in|proj_out)).*", r".*norm.*"),
         layout=_layout,
+        keep=(
+            r"(input_blocks\.0\.0|time_embed\..+|label_emb\..+|out\..+)",
+            r".*(norm\d?|emb_layers\.\d+|(in|out)_layers\.0)",
+        ),
+        groups=_GROUPS,
         **fields,
     )
 
@@ -125,16 +145,46 @@ def _is_unet(shapes: Shapes) -> bool:
     return "input_blocks.0.0" in shapes and "middle_block.1.proj_in" in shapes
 
 
+def _projects(shapes: Shapes) -> Literal["linear", "convolution"]:
+    return "linear" if len(shapes["middle_block.1.proj_in"]) == 2 else "convolution"
+
+
+def _context(shapes: Shapes) -> int:
+    """The width of the text encoder's states."""
+    return shapes.get("middle_block.1.transformer_blocks.0.attn2.to_k", (0, 0))[1]
+
+
+def _is_sd2(shapes: Shapes) -> bool:
+    # Also the width of the image encoder of SVD, which attends along time as well.
+    return (
+        _is_unet(shapes)
+        and _projects(shapes) == "linear"
+        and _context(shapes) == 1024
+        and "middle_block.1.time_stack.0.attn1.to_q" not in shapes
+    )
+
+
 SD15 = _unet(
     "sd15",
     "SD1.5",
     # SD2 projects with linear layers, SD1 with 1x1 convolutions.
-    lambda shapes: _is_unet(shapes) and len(shapes["middle_block.1.proj_in"]) == 4,
+    lambda shapes: _is_unet(shapes) and _projects(shapes) == "convolution",
     attention=(True, True, True, False),
     depth="0",
-    base_versions=("sd_v1", "sd_v1_v"),
+    base_versions=("sd_v1", "sd_v1_v", "sd_1.5"),
     modelspec=("stable-diffusion-v1",),
     prefixes={"diffusers": {"model": "unet."}, "kohya": {"clip_l": "lora_te_"}},
+    families={"kohya": "diffusers"},
+)
+SD2 = _unet(
+    "sd2",
+    "SD2",
+    _is_sd2,
+    attention=(True, True, True, False),
+    depth="0",
+    base_versions=("sd_v2", "sd_v2_v", "sd_2.1"),
+    modelspec=("stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "stable-diffusion-v2"),
+    prefixes={"diffusers": {"model": "unet."}, "kohya": {"clip_h": "lora_te_"}},
     families={"kohya": "diffusers"},
 )
 SDXL = _unet(
@@ -142,7 +192,7 @@ SDXL = _unet(
     "SDXL",
     lambda shapes: _is_unet(shapes) and shapes.get("label_emb.0.0", (0, 0))[1] == 2816,
     attention=(False, True, True),
-    base_versions=("sdxl_base_v1-0",),
+    base_versions=("sdxl_base_v1-0", "sdxl_1.0", "ssd", "vega"),
     modelspec=("stable-diffusion-xl-v1-base",),
     prefixes={"diffusers": {"model": "unet."}},
 )

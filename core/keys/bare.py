@@ -1,14 +1,17 @@
-"""Module paths with no prefix at all: DiffSynth, and adapters of a plain torch module."""
+"""Module paths with no prefix at all: XLabs, DiffSynth, Black Forest Labs, plain torch modules."""
 
-from .base import KeyFormat
+from .base import ANY_ENCODER, OTHER, KeyFormat
 from .peft import PEFT_SPELLINGS
 
 BARE = KeyFormat(
     id="bare",
     title="bare",
-    prefixes=(("", ("model", "clip_l", "clip_g", "other")),),
+    prefixes=(("", ("model", ANY_ENCODER, OTHER)),),
     separator=".",
     spellings=PEFT_SPELLINGS,
+    reads={
+        "up.weight": "lora_up.weight",  # XLabs, USO
+        "down.weight": "lora_down.weight",
+    },
     drops="processor",
-    hint=False,
 )

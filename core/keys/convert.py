@@ -2,118 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from ..adapters import load
-from ..archs import ARCHITECTURES, ArchSpec, detect_stems
+from ..adapters import ALGORITHMS, load_parts
+from ..archs import ARCHITECTURES, ArchSpec
 from ..errors import AdapterLabError
 from ..files import Adapter
+from ..tensors import wide
+from . import encoders, fuse
 from .base import FORMATS, KeyFormat
-from .scale import config_scale
+from .places import Families, Place, find_spec, locate, modules_by_own
+from .scale import Scales
+from .shared import share
 from .stems import Stem, read_stems
+
+_SCALE_METADATA = ("lora_adapter_metadata",)  # its names are those of the old keys
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What a stem names: one path in each family's names, "" where that family has none."""
+class _Module:
+    """What is written under one name."""
 
-    part: str
-    own: str
-    diffusers: str
+    stem: str
+    place: Place
+    tensors: Mapping[str, Tensor]
 
 
 def convert(
     adapter: Mapping[str, Tensor], format_id: str, architecture: str | None = None
 ) -> Adapter:
-    """The same adapter with its keys in another format; tensors are shared, not copied.
+    """The same adapter with its keys in another format; tensors are shared where they stay.
 
-    Underscored names are placed through the layer templates of the architecture, by default the
-    one that the names belong to. A scale that peft's config holds becomes an ``alpha`` tensor.
+    Names go over through the layers and aliases of the architecture, by default the one that the
+    names belong to. Modules of fused weights are cut into the ranges that the format names apart,
+    or joined, where that is exact; others keep the name that they have in the other family, which
+    readers of both understand. A scale from outside the tensors becomes an ``alpha``.
 
     Raises:
-        AdapterLabError: modules that can't be placed or have no name in the format (q, k and v
-            apart have none where the own weight is fused), or malformed ones.
+        AdapterLabError: modules that can't be placed or have no name in the format, or malformed
+            ones.
     """
     source = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
-    form, stems = FORMATS[format_id], read_stems(source)
-    _refuse((s.name for s in stems.values() if s.unknown), form, "hold tensors unknown to it")
-    spec = ARCHITECTURES[architecture] if architecture else _detect(stems.values(), source)
-    known = {name: _place(stem, form, spec) for name, stem in stems.items()}
-    _refuse((s for s, place in known.items() if not place), form, "match no known architecture")
-    places = {name: place for name, place in known.items() if place}
-    family = _family(form, spec, places.values())
-    _refuse(
-        (s for s, place in places.items() if not getattr(place, family)), form,
-        "hold q, k and v apart where this format names them as one, or the other way round",
+    form, stems = FORMATS[format_id], _stems(source)
+    modules = {name: stem for name, stem in stems.items() if not stem.embedding}
+    _refuse((s.name for s in modules.values() if s.unknown), form, "hold tensors unknown to it")
+    spec = ARCHITECTURES[architecture] if architecture else find_spec(
+        modules.values(), source.metadata
     )  # fmt: skip
-    prefixes: Mapping[str, str] = spec.prefixes.get(form.id, {}) if spec else {}
-    converted = Adapter({}, source.metadata, None, source.name)
-    for name, place in places.items():
-        prefix = prefixes.get(place.part)
-        try:
-            tensors = _tensors(stems[name], source)
-        except AdapterLabError as error:
-            raise error.about(f"module '{name}'") from error
-        for suffix, tensor in tensors.items():
-            key = form.write(getattr(place, family), suffix, place.part, prefix=prefix)
-            if key in converted:
-                _refuse([name], form, f"get the name '{key}', which another module has")
-            converted[key] = tensor
-    return converted
+    places = {name: locate(stem, form, spec) for name, stem in modules.items()}
+    _refuse((s for s, place in places.items() if not place), form, "match no known architecture")
+    metadata = {k: v for k, v in source.metadata.items() if k not in _SCALE_METADATA}
+    written = Adapter({}, metadata, None, source.name)
+    scales = Scales(source)
+    read = [_Module(n, p, _tensors(modules[n], scales)) for n, p in places.items() if p]
+    for module in _Writer(form, spec).modules(read):
+        _write(written, module, form, spec)
+    kept = {key: t for key, t in source.items() if key.startswith("bundle_emb.")}
+    written.update(kept)
+    return written
 
 
-def _detect(stems: Iterable[Stem], source: Adapter) -> ArchSpec | None:
-    read = (form.read(stem.clean) for stem in stems for form in FORMATS.values() if form.hint)
-    bodies = [body for places in read for part, body in places if part == "model"]
-    return detect_stems(bodies, source.metadata)
+class _Writer:
+    """Modules under the names of one family."""
+
+    def __init__(self, form: KeyFormat, spec: ArchSpec | None) -> None:
+        self.families = Families(spec)
+        self.family = spec.families.get(form.id, form.family) if spec else form.family
+
+    def modules(self, read: list[_Module]) -> Iterator[_Module]:
+        """What to write for ``read``: renamed, put in order, cut and joined."""
+        known = {module.stem: module for module in map(self._turned, read)}
+        if self.family == "own":
+            for path, stems in modules_by_own((m.stem, m.place) for m in known.values()):
+                joined = self._joined([known[stem] for stem in stems])
+                if joined:
+                    for stem in stems:
+                        del known[stem]
+                    known[path] = joined
+            yield from known.values()
+            return
+        for module in known.values():
+            yield from self._cut(module)
+
+    def _turned(self, module: _Module) -> _Module:
+        """With the rows in the model's order and, of a whole weight, its own name."""
+        place, alias = module.place, module.place.alias
+        if alias is None:
+            return module
+        tensors: Mapping[str, Tensor] | None = module.tensors
+        if alias.order is not None:
+            rows = _rows(module.tensors)
+            inverse = torch.argsort(alias.order(rows)) if rows else None
+            tensors = None if inverse is None else fuse.take(module.tensors, inverse)
+        if tensors is None:
+            return module
+        plain = replace(alias, order=None)
+        if alias.rows is None:
+            return replace(module, place=replace(place, alias=None, path=place.own_path),
+                           tensors=tensors)  # fmt: skip
+        return replace(module, place=replace(place, alias=alias if alias.order is None else plain),
+                       tensors=tensors)  # fmt: skip
+
+    def _joined(self, pieces: list[_Module]) -> _Module | None:
+        lengths = {m.place.alias: _rows(m.tensors) for m in pieces if m.place.alias}
+        sizes = {alias: rows for alias, rows in lengths.items() if rows}
+        hidden = _columns(pieces[0].tensors)
+        if len(sizes) < len(pieces) or not hidden:
+            return None
+        own = pieces[0].place.own
+        total = self.families.total(own, sizes, hidden)
+        if total is None:
+            return None
+        starts = {
+            alias.span(total, hidden)[0]: m.tensors for m in pieces if (alias := m.place.alias)
+        }
+        if len(starts) < len(pieces):
+            return None  # two names of one range
+        spans = self.families.spans(own, next(iter(sizes)).family, total, hidden)
+        tensors = fuse.join([(starts.get(span.offset), span.length) for span in spans])
+        place = replace(pieces[0].place, alias=None, path=pieces[0].place.own_path)
+        return None if tensors is None else _Module(pieces[0].stem, place, tensors)
+
+    def _cut(self, module: _Module) -> Iterator[_Module]:
+        place = module.place
+        if place.part != "model" or place.alias is not None or not place.own:
+            yield module
+            return
+        whole = self.families.whole(place.own, self.family)
+        rows, columns = _rows(module.tensors), _columns(module.tensors)
+        if whole:
+            order = whole.order(rows) if whole.order and rows else None
+            taken = module.tensors if order is None else fuse.take(module.tensors, order)
+            if taken is not None and (order is not None or whole.order is None):
+                path = whole.theirs.format(*place.numbers)
+                yield replace(module, place=replace(place, path=path), tensors=taken)
+                return
+        spans = self.families.spans(place.own, self.family, rows, columns) if rows else []
+        cut = [(span, fuse.take(module.tensors, span.rows)) for span in spans]
+        pieces = [(span, taken) for span, taken in cut if taken is not None]
+        if not pieces or len(pieces) < len(spans):
+            yield module
+            return
+        for span, taken in pieces:
+            path = span.alias.theirs.format(*place.numbers)
+            yield replace(module, place=replace(place, path=path), tensors=taken)
 
 
-def _place(stem: Stem, form: KeyFormat, spec: ArchSpec | None) -> _Place | None:
-    """Where a stem belongs: by the layers of an architecture, else by its dotted path alone."""
-    read = [(f, *place) for f in FORMATS.values() for place in f.read(stem.clean)]
-    for _, part, body in read:
-        for entry in (spec, *ARCHITECTURES.values()):
-            if entry and part in entry.parts:
-                found = _known(part, body, entry, aliases=entry is spec)
-                if found:
-                    return found
-    usable = [(part, body) for f, part, body in read if f is form]
-    if not any(f.separator == "_" for f, _, _ in read):
-        # The longest prefix leaves the shortest path.
-        usable += sorted(((part, body) for _, part, body in read), key=lambda place: len(place[1]))
-    return next((_Place(part, body, body) for part, body in usable), None)
+def _write(written: Adapter, module: _Module, form: KeyFormat, spec: ArchSpec | None) -> None:
+    place = module.place
+    tensors = module.tensors if form.spellings else _plain(module.tensors)
+    used = _form(form, tensors, place)
+    for suffix, tensor in tensors.items():
+        prefix = spec.prefixes.get(used.id, {}).get(place.part) if spec else None
+        path = place.path if place.part == "model" else encoders.spelled(place.path, used.separator)
+        key = used.write(path, suffix, place.part, prefix=prefix)
+        if key in written:
+            why = f"get the name '{key}', which another module has"
+            _refuse([module.stem], form, why)
+        written[key] = tensor
 
 
-def _known(part: str, body: str, spec: ArchSpec, *, aliases: bool) -> _Place | None:
-    """``body`` in both families' names; other architectures' aliases are no evidence."""
-    for template, numbers in spec.own.find(body):
-        whole = (a.theirs for a in spec.aliases if a.own == template and not (a.rows or a.refuse))
-        theirs = next(whole, "") if aliases else ""
-        own = template.format(*numbers)
-        return _Place(part, own, theirs.format(*numbers) if spec.aliases else own)
-    for alias, numbers in spec.theirs.find(body) if aliases else ():
-        own = "" if alias.rows or alias.refuse else alias.own.format(*numbers)
-        return _Place(part, own, alias.theirs.format(*numbers))
-    return None
+def _plain(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``tensors`` without what peft alone has, for readers that know LyCORIS' and kohya's.
+
+    The bias of the up factor becomes a difference, the magnitudes of DoRA a column.
+    """
+    plain, up = dict(tensors), tensors.get("lora_up.weight")
+    if up is None:
+        return tensors
+    if "lora_up.bias" in plain and "diff_b" not in plain:
+        bias, rank = plain.pop("lora_up.bias"), up.shape[1]
+        scale = float(plain["alpha"].item()) / rank if "alpha" in plain else 1.0
+        plain["diff_b"] = (wide(bias, bias) * scale).to(bias.dtype)
+    for name in ("dora_scale", "magnitude"):
+        if name in plain and plain[name].ndim == 1 and len(plain[name]) == len(up):
+            column = plain.pop(name).reshape(-1, *(1,) * (up.ndim - 1))
+            plain["dora_scale"] = column
+    return plain
 
 
-def _family(form: KeyFormat, spec: ArchSpec | None, places: Iterable[_Place]) -> str:
-    """Whose names to write: the architecture's choice for the format if all modules have one."""
-    family = spec.families.get(form.id, form.family) if spec else form.family
-    return family if all(getattr(place, family) for place in places) else form.family
+def _form(form: KeyFormat, tensors: Mapping[str, Tensor], place: Place) -> KeyFormat:
+    """The format that a module is really written in."""
+    for suffix, other in form.instead.items():
+        if any(name == suffix or name.startswith(suffix + ".") for name in tensors):
+            return FORMATS[other]
+    if form.id == "comfyui" and place.alias is not None and place.alias.family == "diffusers":
+        # ComfyUI reads diffusers' names of most models below diffusers' prefix only.
+        return replace(form, prefixes=(("transformer.", ("model",)), *form.prefixes))
+    return form
 
 
-def _tensors(stem: Stem, source: Adapter) -> Mapping[str, Tensor]:
-    """Tensors by canonical suffix, with the scale of peft's config as alpha."""
-    if not source.config or "alpha" in stem.tensors:
+def _stems(source: Adapter) -> dict[str, Stem]:
+    stems = read_stems(source)
+    for name, tensors in share({n: s.tensors for n, s in stems.items()}, source.config).items():
+        if tensors:
+            stems[name].tensors.update(tensors)
+        else:
+            del stems[name]
+    return stems
+
+
+def _tensors(stem: Stem, scales: Scales) -> Mapping[str, Tensor]:
+    """Tensors by canonical suffix, which say by themselves what settings outside them do."""
+    path = next((r.body for r in FORMATS["peft"].read(stem.clean)), stem.clean)
+    try:
+        here = load_parts(stem.tensors).get("weight")
+        told = scales.load(stem, path).get("weight")
+    except AdapterLabError as error:
+        raise error.about(f"module '{stem.name}'") from error
+    if here is None or told is None:
         return stem.tensors
-    path = next((body for _, body in FORMATS["peft"].read(stem.clean)), stem.clean)
-    scale = config_scale(source.config, path)
-    algorithm = load(stem.tensors, scale) if scale is not None else None
-    return algorithm.state() if algorithm else stem.tensors
+    if here.scale == told.scale and "lora_embedding_A" not in stem.tensors:
+        return stem.tensors
+    biases = [a for a in ALGORITHMS.values() if a.parameter == "bias"]
+    own = {s: t for s, t in stem.tensors.items() if any(a.owns(s) for a in biases)}
+    return {**own, **told.state()}
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> int | None:
+    """Output rows of a module; None where no algorithm has its tensors."""
+    parts = load_parts(tensors)
+    shapes = [parts[name].shape for name in ("weight", "bias") if name in parts]
+    return shapes[0][0] if shapes and shapes[0] else None
+
+
+def _columns(tensors: Mapping[str, Tensor]) -> int:
+    weight = load_parts(tensors).get("weight")
+    return weight.shape[1] if weight is not None and len(weight.shape) > 1 else 0
 
 
 def _refuse(names: Iterable[str], form: KeyFormat, why: str) -> None:

@@ -1,6 +1,6 @@
 """diffusers pipelines: one prefix a component, peft's factor names; older files their own."""
 
-from .base import KeyFormat
+from .base import ANY_ENCODER, KeyFormat
 from .peft import PEFT_SPELLINGS
 
 DIFFUSERS = KeyFormat(
@@ -9,8 +9,9 @@ DIFFUSERS = KeyFormat(
     prefixes=(
         ("transformer.", ("model",)),
         ("unet.", ("model",)),
-        ("text_encoder.", ("clip_l",)),
-        ("text_encoder_2.", ("clip_g",)),
+        ("text_encoder.", ("clip_l", "clip_h", ANY_ENCODER)),
+        ("text_encoder_2.", ("clip_g", "t5xxl", ANY_ENCODER)),
+        ("text_encoder_3.", ("t5xxl", ANY_ENCODER)),
         ("transformer.base_model.model.", ("model",)),
         ("unet.base_model.model.", ("model",)),
     ),

@@ -1,11 +1,11 @@
 """LyCORIS' generic wrapper (create_lycoris): one prefix over the wrapped model's own names."""
 
-from .base import KeyFormat
+from .base import ANY_ENCODER, KeyFormat
 
 LYCORIS = KeyFormat(
     id="lycoris",
     title="LyCORIS",
-    prefixes=(("lycoris_", ("model", "clip_l", "clip_g")),),
+    prefixes=(("lycoris_", ("model", ANY_ENCODER)),),
     separator="_",
     family="diffusers",
 )

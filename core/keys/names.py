@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..archs import ArchSpec, wildcard
+from ..archs import Alias, ArchSpec, Order, wildcard
 from ..errors import AdapterLabError
+from .base import ANY_ENCODER, Parts
 from .index import ModelIndex
 
 _SEARCHES = 20  # a similarity search costs milliseconds; a file of nonsense must not cost minutes
@@ -19,7 +21,8 @@ class Target(NamedTuple):
 
     Attributes:
         path: module path in own names. key: the weight's name in the given index.
-        shape: of the part that is meant. refuse: why no delta can go there.
+        shape: of the part that is meant. order: the file's order of these rows, see ``Alias``.
+        refuse: why no delta can go there.
     """
 
     part: str
@@ -27,6 +30,7 @@ class Target(NamedTuple):
     key: str
     shape: tuple[int, ...]
     slice: Slice | None = None
+    order: Order | None = None
     refuse: str = ""
 
 
@@ -35,23 +39,37 @@ class Names:
 
     def __init__(self, index: ModelIndex, spec: ArchSpec | None) -> None:
         self.index, self.spec = index, spec
-        self._aliases = spec.theirs_in(index) if spec else None
+        self._aliases = index.aliases(spec) if spec else None
         self._patterns: dict[tuple[str, str], list[str]] = {}
         self._similar: dict[tuple[str, str, str], str | None] = {}
 
-    def find(self, part: str, body: str, separator: str) -> list[Target]:
-        """Every weight that ``body`` names: of the model's own names, else of the aliases."""
-        modules = self.index.part(part)
-        if separator == "_":
-            paths = self.index.underscored(part).get(body, ())
-        else:
-            paths = (body,) if body in modules else ()
-        found = [Target(part, path, *modules[path]) for path in paths]
-        if part == "model" and self._aliases is not None and not found:
-            for alias, numbers in self._aliases.find(body):
-                path = alias.own.format(*numbers)
-                if path in modules:
-                    found.append(self._alias(path, alias.rows, alias.refuse))
+    def parts(self, parts: Parts) -> Iterator[str]:
+        """The parts that the model has of ``parts``, each once, best first."""
+        seen: set[str] = set()
+        for part in parts:
+            for one in self.index.encoders if part == ANY_ENCODER else (part,):
+                if one not in seen and self.index.part(one):
+                    seen.add(one)
+                    yield one
+
+    def find(self, parts: Parts, body: str, separator: str) -> list[Target]:
+        """Every weight that ``body`` names, of the model's own names, else of the aliases.
+
+        Of several parts the best comes first; a name in another part is a way out for what does
+        not fit there.
+        """
+        found: list[Target] = []
+        for part in self.parts(parts):
+            modules = self.index.part(part)
+            own = self.index.find(part, body, separator)
+            found += [Target(part, path, *modules[path]) for path in own]
+            if part == "model" and found:
+                break
+            if part == "model" and self._aliases is not None:
+                for alias, numbers in self._aliases.find(body):
+                    path = alias.own.format(*numbers)
+                    if path in modules:
+                        found.append(self._alias(path, alias))
         return found
 
     def at(self, to: Override) -> Target:
@@ -90,24 +108,26 @@ class Names:
         name = near
         for number in (*numbers, *"0" * near.count("*")):
             name = name.replace("*", number, 1)
-        return name if self.find(part, name, separator) else near
+        return name if self.find((part,), name, separator) else near
 
-    def _alias(self, path: str, rows: tuple[int, int | None] | None, refuse: str) -> Target:
+    def _alias(self, path: str, alias: Alias) -> Target:
         key, shape = self.index.part("model")[path]
-        if rows is None:
-            return Target("model", path, key, shape, None, refuse)
+        if alias.rows is None:
+            return Target("model", path, key, shape, None, alias.order, alias.refuse)
         # In a file that holds only some weights, the input width of this one is the hidden size.
         hidden = self.index.get(self.spec.hidden if self.spec else "", shape[-1:])[0]
-        offset = rows[0] * hidden
-        length = shape[0] - offset if rows[1] is None else rows[1] * hidden
+        offset, length = alias.span(shape[0], hidden)
+        refuse = alias.refuse
         if not offset < offset + length <= shape[0]:
             refuse = f"rows {offset} to {offset + length} are not in its weight, {shape}"
-        return Target("model", path, key, (length, *shape[1:]), (0, offset, length), refuse)
+        span = (0, offset, length)
+        return Target("model", path, key, (length, *shape[1:]), span, alias.order, refuse)
 
     def _known(self, part: str, separator: str) -> list[str]:
         """Known names with their numbers as ``*``, so that a block counts once."""
         if (part, separator) not in self._patterns:
-            names = self.index.part(part) if separator == "." else self.index.underscored(part)
+            own: Iterable[str] = self.index.part(part)
+            names = own if separator == "." else self.index.underscored(part)
             known = [wildcard(name)[0] for name in names]
             if part == "model" and self._aliases is not None:
                 known += [name for name in self._aliases if "." not in name or separator == "."]

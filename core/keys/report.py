@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..adapters import ALGORITHMS
 from ..archs import ARCHITECTURES, wildcard
@@ -11,6 +12,7 @@ from ..errors import AdapterLabError
 from .base import FORMATS
 
 _GROUPS = 12  # lines of a text report before the rest is counted
+_PLURALS = {"bias": "biases"}
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Match:
     algorithm: str
     rank: int
     scale: float
+    traits: tuple[str, ...] = ()
 
 
 @dataclass
@@ -31,9 +34,11 @@ class Report:
     Attributes:
         name: of the file. format: id of the chosen key format; None where nothing hints at one.
         matched: stem -> match. unmatched: stem -> why, with the nearest known name.
+        ignored: stem -> why, of what is no module of the adapter.
         runner_up: (format id, stems it matches), of the next best format if it matches any.
         algorithms: algorithm name -> modules of the file, matched or not.
         architecture: id of the model's. file_architecture: id of the one the file is for.
+        strengths: stem -> factor on the user's strength, where it is not 1.
     """
 
     name: str = ""
@@ -42,9 +47,11 @@ class Report:
     file_architecture: str | None = None
     matched: dict[str, Match] = field(default_factory=dict[str, Match])
     unmatched: dict[str, str] = field(default_factory=dict[str, str])
+    ignored: dict[str, str] = field(default_factory=dict[str, str])
     runner_up: tuple[str, int] | None = None
     algorithms: Counter[str] = field(default_factory=Counter[str])
     warnings: list[str] = field(default_factory=list[str])
+    strengths: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def total(self) -> int:
@@ -64,26 +71,44 @@ class Report:
         line = f"{len(self.matched)} of {self.total} modules matched"
         return f"{line} ({described})" if described else line
 
+    @property
+    def headline(self) -> str:
+        """The shortest line that says it: "FLUX.1 LoKr, kohya: 304 of 304 modules"."""
+        architecture = self.file_architecture or self.architecture
+        kinds = " + ".join(ALGORITHMS[name].title for name in self.algorithms) or "Adapter"
+        what = f"{ARCHITECTURES[architecture].title} {kinds}" if architecture else kinds
+        form = f", {self._format()}" if self.format else ""
+        return f"{what}{form}: {len(self.matched)} of {self.total} modules"
+
     def to_text(self) -> str:
-        """The verdict, then warnings, then what did not match, grouped by reason."""
-        lines = [self.verdict, *(f"Warning: {text}" for text in self.warnings)]
-        groups: dict[tuple[str, str], list[str]] = {}
-        for stem, reason in self.unmatched.items():
-            groups.setdefault((wildcard(stem)[0], wildcard(reason)[0]), []).append(stem)
-        if groups:
-            lines.append("Not applied:")
-        for (pattern, general), stems in list(groups.items())[:_GROUPS]:
-            alone = len(stems) == 1
-            name = stems[0] if alone else f"{len(stems)} x {pattern}"
-            lines.append(f"  {name}: {self.unmatched[stems[0]] if alone else general}")
-        rest = list(groups.values())[_GROUPS:]
-        if rest:
-            lines.append(f"  and {sum(map(len, rest))} more")
+        """The verdict, then strengths, warnings, and what did not match, grouped by reason."""
+        lines = [self.verdict]
+        if self.strengths:
+            low, high = min(self.strengths.values()), max(self.strengths.values())
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            count = len(self.strengths)
+            modules = f"{count} module{'s' * (count != 1)}"
+            lines.append(f"Block weights: {modules} at {span}, the rest at 1")
+        lines += (f"Warning: {text}" for text in self.warnings)
+        lines += _grouped("Not applied:", self.unmatched)
+        lines += _grouped("Left out:", self.ignored)
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:
-        """The same as JSON-able data, the verdict under "verdict"."""
-        return {"verdict": self.verdict, **asdict(self), "algorithms": dict(self.algorithms)}
+        """The same as JSON-able data, the lines under "verdict" and "headline".
+
+        "matched" holds for each stem key, slice, algorithm, rank, scale, traits and strength.
+        """
+        matched = {stem: self._row(stem, match) for stem, match in self.matched.items()}
+        names = (
+            "name", "format", "architecture", "file_architecture", "unmatched", "ignored",
+            "runner_up", "warnings",
+        )  # fmt: skip
+        return {
+            "verdict": self.verdict, "headline": self.headline,
+            **{name: getattr(self, name) for name in names},
+            "matched": matched, "algorithms": dict(self.algorithms),
+        }  # fmt: skip
 
     def error(self) -> AdapterLabError:
         """What to raise where nothing matches and something must: names both architectures."""
@@ -104,17 +129,37 @@ class Report:
             fix=fix,
         )
 
+    def _row(self, stem: str, match: Match) -> dict[str, Any]:
+        return {**vars(match), "strength": self.strengths.get(stem, 1.0)}
+
     def _format(self) -> str:
         return FORMATS[self.format].title if self.format else ""
 
     def _algorithms(self) -> str:
         named: list[str] = []
         for name in self.algorithms:
-            ranks = [match.rank for match in self.matched.values() if match.algorithm == name]
+            matches = [match for match in self.matched.values() if match.algorithm == name]
+            ranks = [match.rank for match in matches]
             low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
             rank = f" rank {low}" if low == high else f" rank {low} to {high}"
-            named.append(ALGORITHMS[name].title + (rank if ranks else ""))
+            traits = dict.fromkeys(_PLURALS.get(t, t) for match in matches for t in match.traits)
+            having = f" with {', '.join(traits)}" if traits else ""
+            named.append(ALGORITHMS[name].title + (rank if ranks else "") + having)
         return " + ".join(named)
+
+
+def _grouped(heading: str, reasons: dict[str, str]) -> list[str]:
+    """``heading`` and a line for each group of stems that differ in numbers only; [] for none."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for stem, reason in reasons.items():
+        groups.setdefault((wildcard(stem)[0], wildcard(reason)[0]), []).append(stem)
+    lines = [heading] if groups else []
+    for (pattern, general), stems in list(groups.items())[:_GROUPS]:
+        alone = len(stems) == 1
+        name = stems[0] if alone else f"{len(stems)} x {pattern}"
+        lines.append(f"  {name}: {reasons[stems[0]] if alone else general}")
+    rest = list(groups.values())[_GROUPS:]
+    return [*lines, f"  and {sum(map(len, rest))} more"] if rest else lines
 
 
 def title(architecture: str | None) -> str:

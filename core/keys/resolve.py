@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..adapters import ALGORITHMS, Algorithm, load
-from ..archs import ARCHITECTURES, ArchSpec, detect, detect_stems, wildcard
+from ..adapters import Algorithm, Ordered
+from ..archs import ARCHITECTURES, ArchSpec, detect_stems
 from ..errors import AdapterLabError
 from ..files import Adapter
-from .base import FORMATS, KeyFormat
+from . import reasons
+from .base import FORMATS, KeyFormat, Reading, candidates, guess
 from .index import ModelIndex
 from .names import Names, Override, Slice, Target
 from .report import Match, Report
-from .scale import config_scale
+from .scale import Scales
+from .shared import LAMBDA_D, share
 from .stems import Stem, read_stems
 
-_Hits = Mapping[str, list[Target]]  # stem -> what it names
+_EMBEDDING = "an embedding for prompts that came with the file, no part of the adapter"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def resolve(
     architecture: str | ArchSpec | None = None,
     *,
     targets: Mapping[str, Override] | None = None,
+    alpha: float | None = None,
 ) -> tuple[list[Entry], Report]:
     """Find the weight of every adapter module.
 
@@ -57,6 +61,8 @@ def resolve(
         architecture: id or entry; found out from ``index`` by default.
         targets: stem -> module name in ``index``, or (module, axis, offset, length); goes before
             matching by name.
+        alpha: of modules whose scale nothing in the file or beside it tells; their rank by
+            default.
 
     Raises:
         AdapterLabError: a malformed module, a key that is not text, a tensor given twice, an
@@ -65,8 +71,9 @@ def resolve(
     source = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
     index = index if isinstance(index, ModelIndex) else ModelIndex(index)
     spec = ARCHITECTURES[architecture] if isinstance(architecture, str) else architecture
-    matcher = _Matcher(source, Names(index, spec or detect(index)), targets or {})
-    entries = [entry for stem in matcher.stems.values() if (entry := matcher.place(stem))]
+    names = Names(index, spec or index.architecture)
+    matcher = _Matcher(source, names, targets or {}, Scales(source, alpha))
+    entries = [entry for stem in matcher.stems.values() for entry in matcher.place(stem)]
     matcher.conclude(entries)
     return entries, matcher.report
 
@@ -74,8 +81,10 @@ def resolve(
 class _Matcher:
     """One run of ``resolve``: the file's modules, what each format makes of them, the report."""
 
-    def __init__(self, source: Adapter, names: Names, targets: Mapping[str, Override]) -> None:
-        self.source, self.names = source, names
+    def __init__(
+        self, source: Adapter, names: Names, targets: Mapping[str, Override], scales: Scales
+    ) -> None:
+        self.source, self.names, self.scales = source, names, scales
         self.stems = read_stems(source)
         strange = [stem for stem in targets if stem not in self.stems]
         if strange:
@@ -83,33 +92,39 @@ class _Matcher:
                 f"targets names '{strange[0]}', which is no module of the adapter"
             )
         self.targets = {stem: names.at(to) for stem, to in targets.items()}
-        self.owned = {s for a in ALGORITHMS.values() for s in a.suffixes} | {"alpha"}
         spec = names.spec
         self.report = Report(name=source.name, architecture=spec.id if spec else None)
-        self.hits = {form.id: self._hits(form) for form in FORMATS.values()}
+        self.hits = {name: self._hits(stem) for name, stem in self.stems.items()}
+        self._share()
         self.form = self._choose()
         self.others: dict[str, list[str]] = {}
         self.doubtful: list[str] = []
+        self.biasless: list[str] = []
 
-    def place(self, stem: Stem) -> Entry | None:
-        """The entry of one module; None, and a reason in the report, where it can't be applied."""
+    def place(self, stem: Stem) -> list[Entry]:
+        """The entries of one module; none, and a reason in the report, where it can't be applied.
+
+        A module has one for its weight and one for its bias, whichever the file changes.
+        """
+        if stem.embedding:
+            self.report.ignored[stem.name] = _EMBEDDING
+            return []
         form, targets = self._targets(stem)
-        foreign = [s for s in stem.tensors if s not in self.owned] + stem.unknown
-        algorithm = None if foreign else self._load(stem, form)
+        reason, parts = reasons.unusable(stem), {}
+        if not reason:
+            parts = self._load(stem, form)
+            reason = "" if parts else f"no algorithm has just {', '.join(stem.tensors)}"
         if not targets and stem.tensors:
-            reason = self._unknown(stem)
-        elif algorithm is None:
-            named, verb = ", ".join(foreign), "is" if len(foreign) == 1 else "are"
-            mixed = f"no algorithm has just these tensors: {', '.join(stem.tensors)}"
-            reason = f"{named} {verb} not supported" if foreign else mixed
-        else:
-            misfits = {target: self._misfit(algorithm, target) for target in targets}
-            fitting = [target for target, misfit in misfits.items() if not misfit]
-            reason = next((misfit for misfit in misfits.values() if misfit), "")
+            reason = reasons.unknown(self.names, self._readings(stem, form))
+        elif parts:
+            misfits = {target: reasons.misfit(self.names, parts, target) for target in targets}
+            fitting = [target for target, wrong in misfits.items() if not wrong]
             if fitting:
-                return self._entry(stem, algorithm, fitting, len(targets) > 1)
+                rivals = [t for t in targets if t.part == fitting[0].part]
+                return self._entries(stem, parts, fitting, len(rivals) > 1)
+            reason = next(iter(misfits.values()))
         self.report.unmatched[stem.name] = reason
-        return None
+        return []
 
     def conclude(self, entries: list[Entry]) -> None:
         """Fill in what only the whole file tells."""
@@ -121,6 +136,7 @@ class _Matcher:
             report.file_architecture = found.id if found else None
             if spec and found and found is not spec and report.matched:
                 report.warnings.append(f"The file is for {found.title}, the model is {spec.title}")
+        report.warnings += self.scales.warnings
         for form, stems in self.others.items():
             report.warnings.append(
                 f"{len(stems)} modules have {FORMATS[form].title} names and the others "
@@ -128,99 +144,124 @@ class _Matcher:
             )
         if self.doubtful:
             report.warnings.append(_some(self.doubtful, "names are ambiguous"))
+        if self.biasless:
+            what = "biases are left out, for the layers have none"
+            report.warnings.append(_some(self.biasless, what))
         shared = _shared(entries)
         if shared:
             report.warnings.append(_some(shared, "weights are changed by more than one module"))
 
-    def _hits(self, form: KeyFormat) -> _Hits:
-        found = {
-            name: [
-                target
-                for part, body in form.read(stem.clean)
-                for target in self.names.find(part, body, form.separator)
-            ]
-            for name, stem in self.stems.items()
-        }
-        return {name: targets for name, targets in found.items() if targets}
+    def _hits(self, stem: Stem) -> dict[str, list[Target]]:
+        """Format id -> what the format takes ``stem`` for, in this model."""
+        found: dict[str, list[Target]] = {}
+        for name in (stem.clean, f"{stem.clean}_lora") if stem.joint else (stem.clean,):
+            for form in candidates(name):
+                if form.id in found or (found and not form.hint):
+                    continue
+                for _, parts, body in form.read(name):
+                    targets = self.names.find(parts, body, form.separator)
+                    if targets:
+                        found[form.id] = targets
+                        break
+        return found
+
+    def _share(self) -> None:
+        """Give the modules what the file holds once for all of them."""
+        modules = {name: stem.tensors for name, stem in self.stems.items()}
+        if not any(LAMBDA_D in tensors for tensors in modules.values()):
+            return
+        widths = [hits[0].shape[-1] for found in self.hits.values() for hits in found.values()]
+        width = max(widths, default=0) if all(self.hits.values()) else 0
+        for name, tensors in share(modules, self.source.config, width).items():
+            if tensors:
+                self.stems[name].tensors.update(tensors)
+            else:
+                del self.stems[name], self.hits[name]
 
     def _choose(self) -> KeyFormat:
         """The format with most hits; among those without any, with most of its own prefixes."""
-        order = sorted(FORMATS.values(), key=lambda form: -len(self.hits[form.id]))
-        first, second = order[:2]
-        if self.hits[second.id]:
-            self.report.runner_up = (second.id, len(self.hits[second.id]))
-        if not self.hits[first.id]:
-            seen = {form: self._readable(form) for form in order if form.hint}
-            first = max(seen, key=lambda form: seen[form])
-            if not seen[first]:
+        counts = Counter(form for hits in self.hits.values() for form in hits)
+        ranked = counts.most_common(2)
+        if len(ranked) > 1:
+            self.report.runner_up = ranked[1]
+        if ranked:
+            first = FORMATS[ranked[0][0]]
+        else:
+            guessed = guess([stem.clean for stem in self.stems.values()])
+            if guessed is None:
                 return FORMATS["bare"]
+            first = guessed
         self.report.format = first.id
         return first
-
-    def _readable(self, form: KeyFormat) -> int:
-        return sum(any(True for _ in form.read(stem.clean)) for stem in self.stems.values())
 
     def _targets(self, stem: Stem) -> tuple[KeyFormat, list[Target]]:
         if stem.name in self.targets:
             return self.form, [self.targets[stem.name]]
-        for form in (self.form, *FORMATS.values()):
-            targets = self.hits[form.id].get(stem.name)
-            if targets:
-                if form is not self.form:
-                    self.others.setdefault(form.id, []).append(stem.name)
-                return form, targets
-        return self.form, []
+        hits = self.hits[stem.name]
+        if not hits or self.form.id in hits:
+            return self.form, hits.get(self.form.id, [])
+        form, targets = next(iter(hits.items()))
+        # Several formats may share their names for text encoders; that is no mixture.
+        if targets[0].part == "model":
+            self.others.setdefault(form, []).append(stem.name)
+        return FORMATS[form], targets
 
-    def _load(self, stem: Stem, form: KeyFormat) -> Algorithm | None:
-        """The algorithm of one module, unless its tensors belong to several."""
+    def _readings(self, stem: Stem, form: KeyFormat) -> list[Reading]:
+        """What ``stem`` can mean: in ``form``, else in others; a stem always is a bare path."""
+        forms = (form, *candidates(stem.clean))
+        return next(read for f in forms if (read := list(f.read(stem.clean))))
+
+    def _load(self, stem: Stem, form: KeyFormat) -> dict[str, Algorithm]:
+        """What the tensors of one module do to its weight and bias."""
         try:
-            scale = None
-            if self.source.config and "alpha" not in stem.tensors:
-                path = next((body for _, body in form.read(stem.clean)), stem.clean)
-                scale = config_scale(self.source.config, path)
-            algorithm = load(stem.tensors, scale)
+            path = next((reading.body for reading in form.read(stem.clean)), stem.clean)
+            parts = self.scales.load(stem, path)
         except AdapterLabError as error:
             file = f"'{self.source.name}', " if self.source.name else ""
             raise error.about(f"{file}module '{stem.name}'") from error
-        if algorithm is None or stem.tensors.keys() - {*algorithm.suffixes, "alpha"}:
-            return None
-        self.report.algorithms[algorithm.name] += 1
-        return algorithm
+        for algorithm in list(parts.values())[:1]:
+            self.report.algorithms[algorithm.name] += 1
+        return parts
 
-    def _unknown(self, stem: Stem) -> str:
-        """Why nothing in the model is called like ``stem``."""
-        forms = (self.form, *(form for form in FORMATS.values() if form.hint), FORMATS["bare"])
-        form, places = next((f, read) for f in forms if (read := list(f.read(stem.clean))))
-        if not any(self.names.index.part(part) for part, _ in places):
-            part = places[0][0]
-            whose = "the diffusion model" if part == "model" else f"the text encoder {part}"
-            return f"for {whose}, which is not among the given weights"
-        near = self.names.nearest(*places[0], form.separator)
-        if near and wildcard(near)[0] == wildcard(places[0][1])[0]:
-            return "the model has no block of this number"
-        return "no module of this name" + (f"; the nearest is {near}" if near else "")
-
-    def _misfit(self, algorithm: Algorithm, target: Target) -> str:
-        if target.refuse:
-            return f"{target.path}: {target.refuse}"
-        misfit = algorithm.misfit(target.shape)
-        return f"does not fit {target.path}: {misfit}" if misfit else ""
-
-    def _entry(
-        self, stem: Stem, algorithm: Algorithm, fitting: list[Target], ambiguous: bool
-    ) -> Entry:
+    def _entries(
+        self, stem: Stem, parts: Mapping[str, Algorithm], fitting: list[Target], ambiguous: bool
+    ) -> list[Entry]:
         target = fitting[0]
         if ambiguous:
             by = "by its shape" if len(fitting) == 1 else "although others fit"
             self.doubtful.append(f"{stem.name} went to {target.path} {by}")
+        entries: list[Entry] = []
+        for parameter, algorithm in parts.items():
+            key = self._parameter(stem, parameter, algorithm, target)
+            if target.order:
+                algorithm = Ordered(algorithm, target.order(target.shape[0]))
+            if key:
+                path, part = target.path, target.part
+                entries.append(Entry(stem.name, key, target.slice, algorithm, path, part))
+        first, *others = entries
         self.report.matched[stem.name] = Match(
-            target.key, target.slice, algorithm.name, algorithm.rank, algorithm.scale
-        )
-        return Entry(stem.name, target.key, target.slice, algorithm, target.path, target.part)
+            first.key, target.slice, first.algorithm.name, first.algorithm.rank,
+            first.algorithm.scale,
+            traits=(*first.algorithm.traits, *("bias" for _ in others)),
+        )  # fmt: skip
+        return entries
+
+    def _parameter(
+        self, stem: Stem, parameter: str, algorithm: Algorithm, target: Target
+    ) -> str | None:
+        """The name of the target's weight or bias; None for a bias that it does not have."""
+        if parameter == "weight":
+            return target.key
+        bias = self.names.index.bias(target.key)
+        if bias and not algorithm.misfit(target.shape[:1]):
+            return bias.key
+        if algorithm.parameter == parameter:  # the file holds one, it does not follow from others
+            self.biasless.append(f"{stem.name} on {target.path}")
+        return None
 
     def _bodies(self) -> list[str]:
-        places = (place for stem in self.stems.values() for place in self.form.read(stem.clean))
-        return [body for part, body in places if part == "model"]
+        readings = (r for stem in self.stems.values() for r in self.form.read(stem.clean))
+        return [reading.body for reading in readings if "model" in reading.parts]
 
 
 def _shared(entries: list[Entry]) -> list[str]:

@@ -1,13 +1,191 @@
-"""The scale that peft keeps in adapter_config.json instead of in the file."""
+"""The scale of a module that its own tensors do not tell, from every place that may tell it."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
+from torch import Tensor
+
+from ..adapters import ALGORITHMS, Algorithm, load_parts
 from ..errors import AdapterLabError
+from ..files import Adapter
+from .stems import Stem
+
+UP, DOWN = "lora_up.weight", "lora_down.weight"
+_TRUE = ("true", "1")
+
+
+class Scales:
+    """Loads the modules of one file with the scale that is known of them.
+
+    In this order: the module's ``alpha``; peft's config beside the file; diffusers'
+    ``lora_adapter_metadata``; sd-scripts' ``ss_network_dim`` and ``ss_network_alpha``; ``alpha``,
+    to be divided by each module's rank. Where none of them says anything, alpha is the rank and
+    ``warnings`` tells so.
+
+    Args:
+        source: the file. alpha: for modules whose scale nothing else tells.
+
+    Attributes:
+        configured: whether there is a config of peft's, which may hold more than scales.
+    """
+
+    def __init__(self, source: Adapter, alpha: float | None = None) -> None:
+        self.alpha = alpha
+        self._configs: dict[str, Mapping[str, Any]] = _components(source.metadata)
+        if source.config:
+            self._configs = {"": source.config}
+        self.configured = bool(source.config)
+        self._network = Network(source.metadata)
+        self._assumed: Counter[str] = Counter()
+        self._matters: dict[tuple[str, ...], bool] = {}
+        self._split: list[str] = []
+
+    def load(self, stem: Stem, path: str) -> dict[str, Algorithm]:
+        """What the tensors of ``stem`` do, by parameter; ``path``: of the module, as peft sees it.
+
+        Raises:
+            AdapterLabError: malformed tensors or an unusable config.
+        """
+        config, path = self._config(stem, path)
+        scale = self._outside(stem, config, path)
+        parts = load_parts(stem.tensors, scale)
+        algorithm = parts.get("weight")
+        if algorithm is None:
+            return parts
+        if config:
+            return _configured(parts, algorithm, stem, {**config, "module": path})
+        if scale is None and "alpha" in stem.tensors:
+            again = self._network.rank_stabilised(algorithm, stem.tensors)
+            parts = parts if again is None else load_parts(stem.tensors, again)
+        elif scale is None and self._open(stem.tensors, algorithm):
+            if self.alpha is None:
+                self._assumed[algorithm.title] += 1
+            else:
+                given = {**stem.tensors, "alpha": torch.tensor(float(self.alpha))}
+                parts = load_parts(given, None)
+        return parts
+
+    def config(self, stem: Stem) -> Mapping[str, Any] | None:
+        """peft's config of the module, from beside the file or from its metadata."""
+        return self._config(stem, "")[0]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What had to be assumed or put right."""
+        said: list[str] = []
+        if self._assumed:
+            count = sum(self._assumed.values())
+            said.append(
+                f"Scale assumed: 1 (alpha = rank) for {count} module{'s' * (count != 1)}, since "
+                "neither the file nor a config tells their alpha"
+            )
+        if self._split:
+            said.append(
+                f"{len(self._split)} fused modules were trained in parts (split_qkv) and hold the "
+                f"alpha of one part: their scale is put right, '{self._split[0]}' for one"
+            )
+        return said
+
+    def _config(self, stem: Stem, path: str) -> tuple[Mapping[str, Any] | None, str]:
+        for component, config in self._configs.items():
+            if not component:
+                return config, path
+            if stem.clean.startswith(component + "."):
+                return config, stem.clean[len(component) + 1 :]
+        return None, path
+
+    def _outside(self, stem: Stem, config: Mapping[str, Any] | None, path: str) -> float | None:
+        if "alpha" in stem.tensors:
+            scale = self._network.split_scale(stem.tensors)
+            if scale is not None:
+                self._split.append(stem.name)
+            return scale
+        scale = config_scale(config, path) if config else None
+        return self._network.scale(stem.tensors) if scale is None and not config else scale
+
+    def _open(self, tensors: Mapping[str, Tensor], algorithm: Algorithm) -> bool:
+        """Whether an alpha would have changed what these tensors do."""
+        names = tuple(tensors)
+        if names not in self._matters:
+            other = {**tensors, "alpha": torch.tensor(2.0 * algorithm.rank)}
+            again = load_parts(other)["weight"] if algorithm.scaled else algorithm
+            self._matters[names] = again.scale != algorithm.scale
+        return self._matters[names]
+
+
+def _configured(
+    parts: dict[str, Algorithm], algorithm: Algorithm, stem: Stem, config: Mapping[str, Any]
+) -> dict[str, Algorithm]:
+    """``parts`` with what peft's config says of the algorithm, scale apart."""
+    weight = algorithm.configured(config)
+    if weight is algorithm:
+        return parts
+    biases = [a for a in ALGORITHMS.values() if a.parameter == "bias"]
+    if any(a.owns(suffix) for suffix in stem.tensors for a in biases):
+        return {**parts, "weight": weight}
+    bias = weight.bias
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+class Network:
+    """What sd-scripts wrote about the network of a file: ``ss_network_*`` metadata."""
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        args = _json(metadata.get("ss_network_args", ""))
+        self._args = {name: str(value) for name, value in args.items()}
+        self._dim, self._alpha = (_number(metadata.get(f"ss_network_{x}")) for x in _SIZES)
+        self._conv = tuple(_number(self._args.get(f"conv_{x}")) for x in _SIZES)
+
+    def scale(self, tensors: Mapping[str, Tensor]) -> float | None:
+        """alpha / dim as trained; of k x k convolutions the values given for them apart."""
+        down = tensors.get(DOWN)
+        dim, alpha = self._dim, self._alpha
+        if down is not None and math.prod(down.shape[2:]) > 1 and self._conv[0]:
+            dim, alpha = self._conv[0], self._conv[1] or 1.0  # sd-scripts' default of conv_alpha
+        return alpha / dim if dim and alpha is not None else None
+
+    def split_scale(self, tensors: Mapping[str, Tensor]) -> float | None:
+        """The scale of a fused module whose parts sd-scripts trained apart; None for any other.
+
+        It joins n modules of rank r into one of rank n r, whose up factor is block-diagonal, and
+        leaves alpha as it was: the strength of a part was alpha / r. Converters that multiplied
+        alpha by n are told by the value of alpha.
+        """
+        up, down, alpha = tensors.get(UP), tensors.get(DOWN), tensors["alpha"]
+        if self._args.get("split_qkv", "").lower() not in _TRUE or up is None or down is None:
+            return None
+        if not self._dim or self._alpha is None or alpha.numel() != 1:
+            return None
+        parts = len(down) / self._dim
+        same = math.isclose(float(alpha.item()), self._alpha, rel_tol=1e-3)
+        if parts < 2 or parts != int(parts) or not same:
+            return None
+        blocks = int(torch.count_nonzero(up)) * parts <= up.numel() * 1.5
+        return self._alpha / self._dim if blocks else None
+
+    def rank_stabilised(self, algorithm: Algorithm, tensors: Mapping[str, Tensor]) -> float | None:
+        """The scale where LyCORIS trained with alpha / sqrt(r) and its alpha does not say so.
+
+        Its LoRA, LoHa and LoKr store alpha sqrt(r), which alpha / r undoes; GLoRA stores alpha,
+        and two full LoKr factors have no r to divide by.
+        """
+        if self._args.get("rs_lora", "").lower() not in _TRUE or tensors["alpha"].numel() != 1:
+            return None
+        if algorithm.name == "glora":
+            return float(tensors["alpha"].item()) / math.sqrt(algorithm.rank)
+        if algorithm.name == "lokr" and getattr(algorithm, "full", False) and self._dim:
+            return math.sqrt(self._dim)
+        return None
+
+
+_SIZES = ("dim", "alpha")
 
 
 def config_scale(config: Mapping[str, Any], path: str) -> float | None:
@@ -49,3 +227,31 @@ def _value(config: Mapping[str, Any], patterns: str, default: str, path: str) ->
             f"'{default}' in adapter_config.json is not a number", found=repr(value)
         )
     return float(value)
+
+
+def _components(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """peft's configs by component ("transformer", "text_encoder_2"; "" for the whole file).
+
+    diffusers packs them into one table, each name behind its component and a dot.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in _json(metadata.get("lora_adapter_metadata", "")).items():
+        component, _, field = name.rpartition(".")
+        found.setdefault(component, {})[field] = value
+    return {component: found[component] for component in sorted(found, key=len, reverse=True)}
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        table: object = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        table = {}
+    return cast("dict[str, Any]", table) if isinstance(table, dict) else {}
+
+
+def _number(text: object) -> float | None:
+    try:
+        value = float(str(text))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

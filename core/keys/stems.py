@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
-from ..adapters import ALGORITHMS
+from ..adapters import suffixes
+from ..adapters.base import numbered
 from ..errors import AdapterLabError
-from .base import FORMATS, unwrap
+from .base import FORMATS, KeyFormat, unwrap
 
-# Of algorithms that have no entry (yet): known so that the stem in front of them is.
+# Of algorithms that have no entry: known so that the stem in front of them is.
 _FOREIGN = (
-    "dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight", "magnitude",
-    "lora_A.bias", "lora_B.bias", "lora_down.bias", "lora_up.bias",
-    "lora_embedding_A", "lora_embedding_B", "reshape_weight", "scalar", "scale",
-    "diff", "diff_b", "diff_m", "set_weight", "w_norm", "b_norm", "on_input", "ia3_l",
-    "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight",
-    "oft_blocks", "oft_blocks.*", "oft_diag", "oft_R.weight", "boft_R", "boft_s", "rescale",
-    "vera_lambda_b", "vera_lambda_d", "q_layer.weight", "p_layer.weight", "lambda_layer",
+    "lora_down.bias", "lora_A.bias", "scale", "bm.weight", "randlora_lambda", "randlora_gamma",
+    "fourierft_spectrum", "vblora_logits_A", "vblora_logits_B", "poly_lora_A", "poly_lora_B",
 )  # fmt: skip
+# A module's own name ends so as well: of an adapter only beside another tensor of it.
+_WEAK = {"weight": "on_input", "bias": "on_input"}
+# In LightX2V's files, the difference of the parameter ``modulation`` of Wan's blocks and head.
+_RAW = "diff_m"
+_EMBEDDING = "bundle_emb."  # sd-webui: textual inversion embeddings beside the adapter
 
 
 @dataclass
@@ -30,7 +33,8 @@ class Stem:
     Attributes:
         name: as the file spells it. clean: without wrappers.
         tensors: canonical suffix -> tensor. keys: canonical suffix -> key in the file.
-        unknown: suffixes that no format or algorithm knows.
+        unknown: suffixes that no format knows.
+        joint: whether "_lora" between stem and suffix was taken for part of the suffix.
     """
 
     name: str
@@ -38,6 +42,17 @@ class Stem:
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     keys: dict[str, str] = field(default_factory=dict[str, str])
     unknown: list[str] = field(default_factory=list[str])
+    joint: bool = False
+
+    @property
+    def foreign(self) -> list[str]:
+        """Its suffixes that no algorithm has."""
+        return [*(s for s in self.tensors if not is_known(s)), *self.unknown]
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it is no module but a bundled textual inversion embedding."""
+        return self.name.startswith(_EMBEDDING)
 
 
 def read_stems(adapter: Mapping[str, Tensor]) -> dict[str, Stem]:
@@ -50,54 +65,54 @@ def read_stems(adapter: Mapping[str, Tensor]) -> dict[str, Stem]:
         AdapterLabError: a key that is not text, a value that is no tensor, or two keys that mean
             the same tensor.
     """
-    table = _spellings()
     stems: dict[str, Stem] = {}
     strange: list[str] = []
-    for key in adapter:
+    for key, tensor in adapter.items():
         if not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise AdapterLabError("A key in the adapter is not text", found=repr(key))
-        if not isinstance(adapter[key], Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise AdapterLabError(f"'{key}' is not a tensor", found=type(adapter[key]).__name__)
-        split = _split(key, table)
-        if split is None:
+        if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise AdapterLabError(f"'{key}' is not a tensor", found=type(tensor).__name__)
+        head, *names = key.rsplit(".", 3)
+        split = _tail(".".join(names)) if names else None
+        if split is None or key.startswith(_EMBEDDING):
             strange.append(key)
             continue
-        name, suffix = split
-        stem = stems.get(name) or stems.setdefault(name, Stem(name, unwrap(name)))
-        if suffix in stem.tensors:
-            found = f"'{stem.keys[suffix]}' and '{key}'"
-            raise AdapterLabError(f"{suffix} of '{name}' is given twice", found=found)
-        stem.tensors[suffix], stem.keys[suffix] = adapter[key], key
+        extra, suffix, joint = split
+        name = head + extra
+        if suffix == _RAW:
+            name, suffix = f"{name}{'.' if '.' in name else '_'}modulation", "diff"
+        stem = stems.get(name)
+        if stem is None:
+            stem = stems[name] = Stem(name, unwrap(name), joint=joint)
+        _put(stem, suffix, key, tensor)
     for key in strange:
+        _place(key, adapter[key], stems)
+    return _completed(stems)
+
+
+def _put(stem: Stem, suffix: str, key: str, tensor: Tensor) -> None:
+    if suffix == "scale" and tensor.ndim:
+        suffix = "set_weight"  # of a norm, in Black Forest Labs' files
+    else:
+        form = _private(stem.name)
+        suffix = form.reads.get(suffix) or _respell(suffix, form) if form else suffix
+    if suffix in stem.tensors:
+        found = f"'{stem.keys[suffix]}' and '{key}'"
+        raise AdapterLabError(f"{suffix} of '{stem.name}' is given twice", found=found)
+    stem.tensors[suffix], stem.keys[suffix] = tensor, key
+
+
+def _place(key: str, tensor: Tensor, stems: dict[str, Stem]) -> None:
+    """Put a key without a known suffix to the module that it extends."""
+    head, _, last = key.rpartition(".")
+    if head in stems and _WEAK.get(last) in stems[head].tensors:
+        return _put(stems[head], last, key, tensor)
+    if key.startswith(_EMBEDDING):
+        name, _, suffix = key[len(_EMBEDDING) :].partition(".")
+        name = _EMBEDDING + name
+    else:
         name, suffix = _extends(key, stems)
-        stems.setdefault(name, Stem(name, unwrap(name))).unknown.append(suffix)
-    return stems
-
-
-def _spellings() -> dict[str, str]:
-    """Every known spelling of a suffix -> canonical."""
-    table = {suffix: suffix for suffix in _FOREIGN} | {"alpha": "alpha"}
-    for algorithm in ALGORITHMS.values():
-        table |= {s: s for s in algorithm.suffixes}
-    for form in FORMATS.values():
-        table |= {**form.reads, **{theirs: ours for ours, theirs in form.spellings.items()}}
-    return table
-
-
-def _split(key: str, table: Mapping[str, str]) -> tuple[str, str] | None:
-    """(stem, canonical suffix) of ``key``, None where no suffix is known."""
-    names = key.rsplit(".", 3)
-    for n in range(len(names) - 1, 0, -1):
-        head, tail = ".".join(names[:-n]), names[-n:]
-        for spelled in (tail, [tail[0], "*", *tail[2:]] if n > 1 else tail):
-            suffix = table.get(".".join(spelled))
-            if suffix is not None:
-                return head, suffix
-        # Some join the first half of the suffix to the path: "to_q_lora.down.weight".
-        joint = head.rpartition("_")
-        suffix = table.get(f"_{joint[2]}.{'.'.join(tail)}")
-        if suffix is not None:
-            return joint[0], suffix
+    stems.setdefault(name, Stem(name, unwrap(name))).unknown.append(suffix)
     return None
 
 
@@ -108,8 +123,87 @@ def _extends(key: str, stems: Mapping[str, Stem]) -> tuple[str, str]:
         if head in stems:
             return head, key[len(head) + 1 :]
     # Underscored stems hold no dot, so whatever follows the first one is the suffix.
-    underscored = any(
-        key.startswith(p) for f in FORMATS.values() if f.separator == "_" for p, _ in f.prefixes
-    )
-    head, _, suffix = key.partition(".") if underscored else key.rpartition(".")
+    head, _, suffix = key.partition(".") if key.startswith(_underscored()) else key.rpartition(".")
     return head or key, suffix
+
+
+def _completed(stems: dict[str, Stem]) -> dict[str, Stem]:
+    """With what a file leaves to be understood."""
+    # The control adapters of Black Forest Labs widen the layer that takes the image in; their
+    # norms, which they set, tell them from others.
+    wider = stems.get("img_in")
+    norms = stems.get("single_blocks.0.norm.key_norm")
+    if wider and norms and "set_weight" in norms.tensors and "lora_up.weight" in wider.tensors:
+        down = wider.tensors.get("lora_down.weight")
+        if down is not None and "reshape_weight" not in wider.tensors:
+            size = [len(wider.tensors["lora_up.weight"]), down.shape[1]]
+            wider.tensors["reshape_weight"] = torch.tensor(size)
+    return stems
+
+
+@lru_cache(1)
+def _spellings() -> dict[str, str]:
+    """Every known spelling of a suffix -> canonical."""
+    known = (s for s in (*_FOREIGN, _RAW, *suffixes()) if s not in _WEAK)
+    table = {suffix: suffix for suffix in known}
+    for form in FORMATS.values():
+        if not form.private:
+            table |= {**form.reads, **{theirs: ours for ours, theirs in form.spellings.items()}}
+        else:
+            table |= {theirs: theirs for theirs in form.spellings.values() if theirs not in table}
+    return table
+
+
+@lru_cache(1 << 14)
+def _tail(tail: str) -> tuple[str, str, bool] | None:
+    """(what of ``tail`` belongs to the stem, canonical suffix, whether "_lora" was split off).
+
+    None where no suffix is known. The ends of keys repeat, so that most are looked up here.
+    """
+    table, names = _spellings(), tail.split(".")
+    for n in range(len(names), 0, -1):
+        rest, last = names[:-n], names[-n:]
+        if rest:
+            # Some join the first half of the suffix to the path: "to_q_lora.down.weight".
+            path, _, word = rest[-1].rpartition("_")
+            suffix = table.get(f"_{word}.{'.'.join(last)}")
+            if path and suffix:
+                return "".join(f".{name}" for name in (*rest[:-1], path)), suffix, True
+        general = [last[0], "*", *last[2:]] if n > 1 else last
+        suffix = table.get(".".join(last)) or table.get(".".join(general))
+        if suffix is not None:
+            filled = suffix.replace("*", last[-1]) if suffix.endswith("*") else suffix
+            return "".join(f".{name}" for name in rest), filled, False
+    return None
+
+
+@lru_cache(1)
+def _known() -> frozenset[str]:
+    return frozenset(suffixes())
+
+
+@lru_cache(1 << 10)
+def is_known(suffix: str) -> bool:
+    """Whether some algorithm or wrapper has a tensor of this canonical name."""
+    return suffix in _known() or numbered(suffix) in _known()
+
+
+@lru_cache(1)
+def _privates() -> tuple[tuple[str, KeyFormat], ...]:
+    return tuple((p, form) for form in FORMATS.values() if form.private for p, _ in form.prefixes)
+
+
+def _private(name: str) -> KeyFormat | None:
+    return next((form for prefix, form in _privates() if name.startswith(prefix)), None)
+
+
+def _respell(suffix: str, form: KeyFormat) -> str:
+    for ours, theirs in form.spellings.items():
+        if theirs in (suffix, numbered(suffix)):
+            return ours.replace("*", suffix.rpartition(".")[2])
+    return suffix
+
+
+@lru_cache(1)
+def _underscored() -> tuple[str, ...]:
+    return tuple(p for f in FORMATS.values() if f.separator == "_" for p, _ in f.prefixes)

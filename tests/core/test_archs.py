@@ -102,6 +102,14 @@ def unet(widths: tuple[int, ...], depths: tuple[int, ...], res: int, xl: bool = 
     return shapes | ({"label_emb.0.0": (4, 2816)} if xl else {})
 
 
+def linear(shapes: Shapes) -> Shapes:
+    """SD2's UNet: SD1's, projecting with linear layers, for states of width 1024."""
+    context = {name: (4, 1024) for name in shapes if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    return {
+        name: shape[:2] if "proj_" in name else shape for name, shape in shapes.items()
+    } | context
+
+
 def meta_flux() -> torch.nn.Module:
     return FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
 
@@ -129,6 +137,11 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+SD2 = {
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+    "cross_attention_dim": 1024,
+}
 SMALL = {"block_out_channels": (320,), "layers_per_block": 1}
 # name -> architecture, original layout, diffusers model
 CASES = {
@@ -136,6 +149,7 @@ CASES = {
     "wan t2v": ("wan", wan(False), lambda: meta_wan(False)),
     "wan i2v": ("wan", wan(True), lambda: meta_wan(True)),
     "sd15": ("sd15", unet((1, 2, 4, 4), (1, 1, 1, 0), 2), lambda: meta_unet("xxx-")),
+    "sd2": ("sd2", linear(unet((1, 2, 4, 4), (1, 1, 1, 0), 2)), lambda: meta_unet("xxx-", **SD2)),
     "sdxl": ("sdxl", unet((1, 2, 4), (0, 2, 10), 2, xl=True), lambda: meta_unet("-xx", **SDXL)),
     "one level": ("sd15", unet((1,), (1,), 1), lambda: meta_unet("x", **SMALL)),
 }
@@ -188,12 +202,10 @@ def test_each_diffusers_layer_is_made_of_the_rows_its_alias_says(case):
     for name in names:
         alias, path = find(aliases, shapes, name)
         rows = state[f"{path}.weight"]
-        if alias.rows:
-            first, count = alias.rows
-            unit = shapes[spec.hidden][0]
-            rows = rows[first * unit : None if count is None else (first + count) * unit]
-        same = torch.equal(theirs[f"{name}.weight"], rows)
-        assert same is not bool(alias.refuse), name
+        offset, length = alias.span(len(rows), shapes[spec.hidden][0] if spec.hidden else 0)
+        rows = rows[offset : offset + length]
+        rows = rows if alias.order is None else rows[alias.order(length)]
+        assert torch.equal(theirs[f"{name}.weight"], rows) and not alias.refuse, name
         reached[path].append(rows)
     for path, shape in shapes.items():
         if len(shape) > 1:
@@ -242,15 +254,19 @@ def test_detects_the_model_and_nothing_else(case):
 
 def test_neighbours_are_not_taken_for_ours():
     no_vector = {k: v for k, v in flux().items() if not k.startswith("vector_in")}
-    assert detect(no_vector) is None  # FLUX.2, Chroma
-    sd2 = {k: v[:2] for k, v in CASES["sd15"][1].items()}
-    assert detect(sd2) is None
+    assert detect(no_vector).id == "longcat_image"
+    bare = {k: v for k, v in no_vector.items() if "_mod" not in k and "modulation" not in k}
+    assert detect(bare) is None
+    no_label = {k: v for k, v in CASES["sdxl"][1].items() if not k.startswith("label_emb")}
+    assert detect(no_label) is None
+    svd = CASES["sd2"][1] | {"middle_block.1.time_stack.0.attn1.to_q": (4, 4)}
+    assert detect(svd) is None
     refiner = CASES["sdxl"][1] | {"label_emb.0.0": (4, 2560)}
     assert detect(refiner) is None
 
 
 @pytest.mark.parametrize("separator", [".", "_"])
-@pytest.mark.parametrize("kind", [k for k in CASES if k != "one level"])
+@pytest.mark.parametrize("kind", [k for k in CASES if k not in ("one level", "sd2")])
 def test_stems_alone_tell_the_architecture(kind, separator):
     spec, shapes, build = CASES[kind]
     with torch.device("meta"):
@@ -282,7 +298,7 @@ def test_metadata_decides_where_names_do_not():
 def test_blocks_and_excludes_choose_what_trainers_choose():
     """musubi-tuner's defaults for FLUX and Wan, sd-scripts' attention layers for the UNets."""
     chosen = {}
-    for kind in ("flux", "wan i2v", "sd15", "sdxl"):
+    for kind in ("flux", "wan i2v", "sd15", "sd2", "sdxl"):
         spec, shapes = ARCHITECTURES[CASES[kind][0]], CASES[kind][1]
         chosen[kind] = [
             path
@@ -304,4 +320,5 @@ def test_blocks_and_excludes_choose_what_trainers_choose():
     assert all("_attn." in path or ".ffn." in path for path in chosen["wan i2v"])
     # sd-scripts: 192 modules of SD1.5, 722 of SDXL.
     assert len(chosen["sd15"]) == 192
+    assert chosen["sd2"] == chosen["sd15"]
     assert len(chosen["sdxl"]) == 722

@@ -7,12 +7,14 @@ import re
 
 import pytest
 import torch
-from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, load
+from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, load, load_parts
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.tensors import Op, kron
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+FAMILY = ["lora", "loha", "lokr", "full", "bias", "set", "norm"]
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -93,7 +95,47 @@ BROKEN = {
          for n, r in (("1_a", 2), ("1_b", 2), ("2_a", 3), ("2_b", 3))},
         "differ in rank",
     ),
-    "unknown name": ({"lokr_w1": E(2, 2), "lokr_w2": E(2, 2), "lokr_t1": E(2, 2)}, "lokr_t1"),
+    "half of an embedding": ({"lora_embedding_A": E(2, 9)}, "missing.*lora_embedding_B"),
+    "embedding with a kernel": (
+        {"lora_embedding_A": E(2, 9, 1), "lora_embedding_B": E(4, 2)},
+        r"two matrices.*lora_embedding_A \(2, 9, 1\)",
+    ),
+    "embedding beside a pair": (
+        {"lora_embedding_A": E(2, 9), "lora_embedding_B": E(4, 2), "lora_up.weight": E(4, 2)},
+        "two matrices.*lora_up.weight",
+    ),
+    "bias alone": ({"lora_up.bias": E(4)}, "missing.*lora_up.weight"),
+    "bias of another layer": (
+        {"lora_up.weight": E(4, 2), "lora_down.weight": E(2, 4), "lora_up.bias": E(5)},
+        r"multiply.*lora_up.bias \(5,\)",
+    ),
+    "two differences": ({"diff_b": E(4), "b_norm": E(4)}, "given twice.*diff_b, b_norm"),
+    "difference and norm": ({"diff": E(4), "w_norm": E(4)}, "Two algorithms"),
+    "empty difference": ({"diff": E(0, 4)}, "empty"),
+    "whole numbers": ({"set_weight": torch.ones(4, dtype=torch.int32)}, "no real numbers"),
+    "DoRA for another weight": (
+        {"lora_up.weight": E(4, 2), "lora_down.weight": E(2, 6), "dora_scale": E(5, 1)},
+        r"dora_scale fits no axis.*\(5, 1\).*\(4, 6\)",
+    ),
+    "DoRA of every element": (
+        {"lora_up.weight": E(4, 2), "lora_down.weight": E(2, 6), "dora_scale": E(4, 6)},
+        "dora_scale fits no axis",
+    ),
+    "DoRA twice": (
+        {"lora_up.weight": E(4, 2), "lora_down.weight": E(2, 6), "dora_scale": E(4, 1),
+         "magnitude": E(4)},
+        "given twice.*dora_scale, magnitude",
+    ),
+    "padding to less": (
+        {"lora_up.weight": E(4, 2), "lora_down.weight": E(2, 6),
+         "reshape_weight": torch.tensor([4, 5])},
+        r"reshape_weight is not the shape.*\(4, 6\)",
+    ),
+    "padding without whole numbers": (
+        {"lora_up.weight": E(4, 2), "lora_down.weight": E(2, 6),
+         "reshape_weight": torch.tensor([4.0, 6.0])},
+        "reshape_weight is not a shape",
+    ),
 }  # fmt: skip
 
 
@@ -107,19 +149,20 @@ def test_broken_modules_say_what_is_wrong(name: str) -> None:
 
 @given(st.data())
 def test_what_loads_can_be_applied(data: st.DataObject) -> None:
-    algorithm = ALGORITHMS[data.draw(st.sampled_from(list(ALGORITHMS)))]
+    algorithm = ALGORITHMS[data.draw(st.sampled_from(FAMILY))]
     likely, odd = [(2, 2), (2, 2), (2, 2), (2, 2, 3)], [(2, 3), (2, 2, 1, 1), (0, 2), (2,), ()]
     shapes = st.sampled_from(likely) | st.sampled_from(odd)
     drawn = data.draw(st.dictionaries(st.sampled_from([*algorithm.suffixes, "alpha"]), shapes))
     try:
-        adapter = load({name: torch.ones(shape) for name, shape in drawn.items()})
+        parts = load_parts({name: torch.ones(shape) for name, shape in drawn.items()})
     except AdapterLabError:
         return
-    assert adapter is not None or not drawn.keys() - {"alpha"}
-    if adapter is not None:
+    assert parts or not drawn.keys() - {"alpha"}
+    for adapter in parts.values():
         weight = torch.zeros(adapter.shape)
         assert adapter.misfit(weight.shape) is None
         assert adapter.delta(weight).shape == weight.shape and adapter.rank >= 1
+        assert adapter.merge(weight) is weight
 
 
 def test_rank_0_cannot_be_configured() -> None:

@@ -20,8 +20,8 @@ ROWS = (
     "__main__ cli",
     "train merge bake",
     "adapters keys",
-    "archs quant cache tensors files atomic hashes header metadata streams",
-    "errors registry",
+    "archs quant cache orthogonal tensors files atomic hashes header metadata streams",
+    "errors registry schedule",
 )
 ROW = {name: row for row, names in enumerate(reversed(ROWS)) for name in names.split()}
 HOST = {"comfy", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "execution"}

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from adapter_lab.core.adapters import load
+from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.tensors import Op, factorization
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,6 +120,53 @@ def test_dylora_file(layer_name: str) -> None:
     diff, _ = module.get_diff_weight(shape=layer.weight.shape, rank=6)
     ours = adapter.delta(layer.weight) * module.block_size
     assert (ours - diff).norm() < TOLERANCE * diff.norm()
+    # At a lower rank its own scale is alpha / blocks of that rank.
+    for rank in (2, 4, 6, 8):
+        diff, _ = module.get_diff_weight(shape=layer.weight.shape, rank=rank - module.block_size)
+        part = adapter.at_rank(rank, growth=1)
+        assert part.rank == rank and part.alpha == pytest.approx(4)
+        ours = part.delta(layer.weight) * module.block_size
+        assert (ours - diff).norm() < TOLERANCE * diff.norm()
+        kept = adapter.at_rank(rank)
+        assert kept.scale == adapter.scale and kept.alpha == rank / 2
+        assert adapter.at_rank(rank, growth=0.5).scale == pytest.approx(0.5 * math.sqrt(8 / rank))
+    for rank in (0, 9):
+        with pytest.raises(AdapterLabError, match="1 to 8"):
+            adapter.at_rank(rank)
+
+
+@given(
+    st.sampled_from([LoConModule, LohaModule, LokrModule]),
+    st.integers(1, 12), st.integers(1, 12), st.integers(1, 2),
+    st.lists(st.integers(1, 3), max_size=3), st.integers(1, 9), st.booleans(),
+    st.sampled_from([None, True, False]), st.integers(0, 9),
+)  # fmt: skip
+@torch.no_grad()
+def test_layers_and_ranks_of_any_size(
+    kind: type[LycorisBaseModule], out: int, width: int, groups: int, kernel: list[int],
+    rank: int, tucker: bool, dora: bool | None, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    if kernel:
+        make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+        layer = make(width * groups, out * groups, tuple(kernel), groups=groups)
+    else:
+        layer = nn.Linear(width, out)
+    module = kind(
+        "", layer, lora_dim=rank, alpha=rank / 2, use_tucker=tucker, bypass_mode=False,
+        weight_decompose=dora is not None, wd_on_out=bool(dora),
+    )  # fmt: skip
+    randomise(module)
+    channels = layer.weight.shape[1] * (groups if kernel else 1)
+    x = torch.randn(2, channels, *(n + 1 for n in kernel))
+    forward = module.train()(x)
+    adapter = load(dict(module.state_dict()))
+    assert adapter is not None and adapter.misfit(layer.weight.shape) is None
+    merged = adapter.merge(layer.weight.clone())
+    ours = torch.func.functional_call(layer, {"weight": merged}, (x,))
+    assert (ours - forward).norm() < TOLERANCE * (forward - layer(x)).norm() + 1e-5
+    bypassed = layer(x) + adapter.bypass(x, op_of(layer), layer.weight)
+    assert (bypassed - forward).norm() < TOLERANCE * (forward - layer(x)).norm() + 1e-5
 
 
 @given(st.integers(1, 8192), st.integers(-1, 600))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from adapter_lab.core.adapters import Algorithm, load
 from adapter_lab.core.errors import AdapterLabError
+from adapter_lab.core.keys.scale import config_scale
 from adapter_lab.core.tensors import Op
 from peft import (
     LoHaConfig,
@@ -32,6 +34,11 @@ INPUTS = {
     "grouped": (2, 24, 5, 5),
     "conv3d": (2, 12, 2, 5, 4),
 }
+SPELLINGS = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_B.bias": "lora_up.bias",
+}
 
 
 class Layers(nn.Module):
@@ -45,6 +52,7 @@ class Layers(nn.Module):
         self.conv2d = nn.Conv2d(12, 20, 3, stride=2, padding=1)
         self.grouped = nn.Conv2d(24, 40, 3, padding=1, groups=2)
         self.conv3d = nn.Conv3d(12, 20, (1, 3, 3), padding=(0, 1, 1))
+        self.embedding = nn.Embedding(30, 12)
 
 
 ALL = ["linear", "other", "conv1d", "conv1", "conv2d", "conv3d"]
@@ -55,6 +63,7 @@ LORA = [
     {"r": 4, "lora_alpha": 1, **PATTERNS},
     {"r": 4, "lora_alpha": 3, "use_rslora": True, **PATTERNS},
     {"r": 64, "lora_alpha": 16},
+    {"r": 4, "lora_alpha": 3, "lora_bias": True, **PATTERNS},
 ]
 LOHA = [
     {"r": 4, "alpha": 2},
@@ -93,8 +102,7 @@ def trained(config: type, names: list[str], options: dict) -> PeftModel:
 def factors_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     stem = f"base_model.model.{name}."
     own = {k.removeprefix(stem): t for k, t in state.items() if k.startswith(stem)}
-    spelling = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-    return {spelling.get(k, k): t for k, t in own.items()}
+    return {SPELLINGS.get(k, k): t for k, t in own.items()}
 
 
 def scale_of(options: dict, name: str) -> float:
@@ -118,9 +126,14 @@ def check(wrapped: nn.Module, adapter: Algorithm | None, x: Tensor) -> None:
     delta, forward = adapter.delta(weight), wrapped(x)
     effect = op(x, delta)
     assert effect.norm() > 0.02 * forward.norm(), "an effect too small to judge by"
-    merged = op(x, weight + delta) + base(x) - op(x, weight)
+    merged = op(x, adapter.merge(weight.clone())) + base(x) - op(x, weight)
     bypassed = base(x) + adapter.bypass(x, op, weight)
+    bias = torch.zeros(len(weight))
+    if adapter.bias:
+        adapter.bias.merge(bias)
+        assert bias.norm() > 0.02 * effect.norm() / effect[..., 0].numel()
     for ours in (merged, bypassed):
+        ours += bias.reshape(-1, *(1,) * op.dims)
         assert (ours - forward).norm() < TOLERANCE * effect.norm()
 
 
@@ -137,15 +150,32 @@ def test_forward(config: type, names: list[str], options: dict) -> None:
             check(model.base_model.model.get_submodule(name), adapter, torch.randn(INPUTS[name]))
 
 
-@pytest.mark.parametrize("config, names, options", [CASES[0], CASES[4], CASES[6]])
+@pytest.mark.parametrize("config, names, options", [CASES[1], CASES[4], CASES[7], CASES[9]])
 def test_saved_file(config: type, names: list[str], options: dict, tmp_path: Path) -> None:
     model = trained(config, names, options)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
-    for name in ("linear", "conv2d"):
-        adapter = load(factors_of(state, name), scale=scale_of(options, name))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    for name in ("linear", "conv2d", "other"):
+        adapter = load(factors_of(state, name), scale=config_scale(written, name))
         with torch.no_grad():
             check(model.base_model.model.get_submodule(name), adapter, torch.randn(INPUTS[name]))
+
+
+@pytest.mark.parametrize("options", [LORA[0], LORA[3], {"r": 4, "use_rslora": True}])
+@torch.no_grad()
+def test_embedding(options: dict) -> None:
+    options = {"lora_alpha": 3, **options}
+    model = trained(LoraConfig, ["embedding"], options)
+    factors = factors_of(get_peft_model_state_dict(model), "embedding")
+    assert set(factors) == {"lora_embedding_A", "lora_embedding_B"}
+    layer = model.base_model.model.embedding
+    adapter, weight = load(factors, scale=scale_of(options, "embedding")), layer.base_layer.weight
+    assert adapter is not None and adapter.misfit(weight.shape) is None
+    forward, ours = layer(torch.arange(30)), adapter.merge(weight.clone())
+    assert (ours - forward).norm() < TOLERANCE * (forward - weight).norm()
+    again = load(adapter.state())
+    assert again is not None and torch.equal(again.delta(weight), adapter.delta(weight))
 
 
 def test_grouped_lora_is_refused() -> None:

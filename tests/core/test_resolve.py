@@ -9,7 +9,6 @@ import torch
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.files import Adapter
 from adapter_lab.core.keys import ModelIndex, resolve
-from adapter_lab.core.keys.scale import config_scale
 
 H = 16
 FLUX = {
@@ -23,8 +22,6 @@ FLUX = {
 }  # fmt: skip
 MODEL = {f"diffusion_model.{path}.weight": shape for path, shape in FLUX.items()}
 BLOCKS = [path for path in FLUX if "blocks" in path]
-Q = "text_model.encoder.layers.0.self_attn.q_proj"
-CLIP = {f"clip_{x}.transformer.{Q}.weight": (n, n) for x, n in (("l", 6), ("g", 10))}
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 
 
@@ -78,6 +75,19 @@ def test_report_is_json_and_tells_the_verdict():
     assert told["algorithms"] == {"lora": 27}
 
 
+def test_headline_and_rows_for_a_table():
+    _, report = resolve(kohya(BLOCKS), MODEL)
+    assert report.headline == "FLUX.1 LoRA, kohya: 26 of 26 modules"
+    report.strengths[QKV] = 0.5
+    told = json.loads(json.dumps(report.to_dict()))
+    assert told["headline"] == report.headline
+    assert told["matched"][QKV] == {
+        "key": f"diffusion_model.{BLOCKS[0]}.weight", "slice": None, "algorithm": "lora",
+        "rank": 2, "scale": 1.0, "traits": [], "strength": 0.5,
+    }  # fmt: skip
+    assert "Block weights: 1 module at 0.5, the rest at 1" in report.to_text()
+
+
 def test_ranks_and_algorithms_in_the_verdict():
     file = kohya(["img_in"], rank=2) | kohya(["txt_in"], rank=4)
     file["lora_unet_double_blocks_0_img_attn_proj.lokr_w1"] = torch.ones(4, 4)
@@ -115,15 +125,19 @@ def test_a_weight_alone_is_enough_for_its_rows():
 
 
 def test_rows_that_a_weight_does_not_have_are_refused():
-    index = {"double_blocks.0.img_attn.qkv.weight": (2 * H, H), "img_in.weight": (H, 4)}
-    file = lora("transformer.transformer_blocks.0.attn.to_v", (H, H))
+    index = {"single_blocks.0.linear1.weight": (2 * H, H), "img_in.weight": (H, 4)}
+    file = lora("transformer.single_transformer_blocks.0.attn.to_v", (H, H))
     _, report = resolve(file, index, "flux")
     assert f"rows {2 * H} to {3 * H} are not in" in next(iter(report.unmatched.values()))
 
 
-def test_swapped_halves_are_refused():
-    _, report = resolve(lora("transformer.norm_out.linear", (2 * H, H)), MODEL)
-    assert "other order" in report.unmatched["transformer.norm_out.linear"]
+def test_rows_in_another_order_are_put_right():
+    """diffusers has scale before shift in the last layer, Black Forest Labs shift before scale."""
+    file = lora("transformer.norm_out.linear", (2 * H, H))
+    file["transformer.norm_out.linear.lora_up.weight"][H:] = 2
+    (entry,), _ = resolve(file, MODEL)
+    delta = entry.algorithm.delta(torch.zeros(2 * H, H))
+    assert (delta[:H] == 4).all() and (delta[H:] == 2).all()
 
 
 def test_a_file_for_another_architecture_is_named():
@@ -187,27 +201,82 @@ def test_a_shape_that_does_not_fit_is_told_with_both_shapes():
 
 
 @pytest.mark.parametrize(
-    "suffix",
-    ["dora_scale", "lora_magnitude_vector", "lora_B.bias", "diff_b", "oft_blocks", "what.is.this"],
-)
-def test_a_module_is_not_applied_by_halves(suffix):
-    file = kohya(["img_in"]) | lora(QKV, (3 * H, H)) | {f"{QKV}.{suffix}": torch.ones(3 * H)}
+    ("suffix", "reason"),
+    [
+        ("what.is.this", "what.is.this is not supported"),
+        ("lora_upp.weight", "lora_upp.weight is not supported; the nearest known tensor is "
+         "lora_up.weight"),
+        ("hada_w1_a", "it mixes LoRA and LoHa: lora_up.weight, lora_down.weight, alpha, hada_w1_a"),
+        ("diff", "it mixes LoRA and Full: lora_up.weight, lora_down.weight, alpha, diff"),
+    ],
+)  # fmt: skip
+def test_a_module_is_not_applied_by_halves(suffix, reason):
+    """And the rest of the file is."""
+    file = kohya(["img_in"]) | lora(QKV, (3 * H, H)) | {f"{QKV}.{suffix}": torch.ones(3 * H, 2)}
     entries, report = resolve(file, MODEL)
     assert [e.path for e in entries] == ["img_in"]
-    assert report.unmatched == {QKV: f"{suffix} is not supported"}
+    assert report.unmatched == {QKV: reason}
 
 
-def test_a_module_of_two_algorithms_is_not_applied_by_halves():
-    file = kohya(["img_in"]) | lora("lora_unet_txt_in", (H, 6))
-    file |= {f"lora_unet_txt_in.lokr_{w}": torch.ones(4, 4) for w in ("w1", "w2")}
+@pytest.mark.parametrize("suffix", ["dora_scale", "reshape_weight", "scalar", "alpha"])
+def test_a_module_without_factors_is_not_applied(suffix):
+    file = kohya(["img_in"]) | {f"{QKV}.{suffix}": torch.ones(3 * H)}
+    entries, report = resolve(file, MODEL)
+    assert [e.path for e in entries] == ["img_in"]
+    assert report.unmatched == {QKV: f"it has no factors, only {suffix}"}
+
+
+def test_a_bias_without_a_weight_or_with_one():
+    biases = {"diffusion_model.img_in.bias": (H,)}
+    file = {"lora_unet_img_in.diff_b": torch.ones(H), "lora_unet_txt_in.diff_b": torch.ones(H)}
+    entries, report = resolve(file, MODEL | biases)
+    assert [e.key for e in entries] == ["diffusion_model.img_in.bias"]
+    assert report.unmatched["lora_unet_txt_in"] == "does not fit txt_in: it has no bias"
+    both = kohya(["img_in"]) | {"lora_unet_img_in.diff_b": torch.ones(H)}
+    entries, report = resolve(both, MODEL | biases)
+    assert [e.key for e in entries] == [f"diffusion_model.img_in.{x}" for x in ("weight", "bias")]
+    assert "LoRA rank 2 with biases" in report.verdict
+    _, report = resolve(both, MODEL)
+    assert report.matched and "biases are left out" in report.warnings[0]
+
+
+def test_embeddings_in_the_file_are_left_out():
+    file = kohya(["img_in"]) | {"bundle_emb.cat.string_to_param.*": torch.ones(2, 4)}
+    file |= {f"bundle_emb.dog.clip_{x}": torch.ones(2, 4) for x in "lg"}
     _, report = resolve(file, MODEL)
-    assert "no algorithm has just these tensors" in report.unmatched["lora_unet_txt_in"]
+    assert not report.unmatched and report.total == 1
+    assert set(report.ignored) == {"bundle_emb.cat", "bundle_emb.dog"}
+    assert "Left out:" in report.to_text()
 
 
-def test_keys_that_are_no_module_are_reported():
-    file = kohya(["img_in"]) | {"bundle_emb.cat.string_to_param.*": torch.ones(2)}
-    _, report = resolve(file, MODEL)
-    assert "is not supported" in report.unmatched["bundle_emb.cat.string_to_param"]
+def test_control_adapters_of_black_forest_labs():
+    """They widen the first layer, set norms, and have bare names and biases."""
+    norm = "single_blocks.0.norm.key_norm"
+    index = MODEL | {f"diffusion_model.{norm}.weight": (4,), "diffusion_model.img_in.bias": (H,)}
+    file = {f"{norm}.scale": torch.full((4,), 7.0), "img_in.lora_A.weight": torch.ones(2, 8),
+            "img_in.lora_B.weight": torch.ones(H, 2),
+            "img_in.lora_B.bias": torch.ones(H)}  # fmt: skip
+    entries, report = resolve(file, index)
+    assert not report.unmatched
+    by_key = {entry.key.removeprefix("diffusion_model."): entry.algorithm for entry in entries}
+    assert by_key["img_in.weight"].merge(torch.zeros(H, 4)).shape == (H, 8)
+    assert (by_key[f"{norm}.weight"].merge(torch.ones(4)) == 7).all()
+    assert (by_key["img_in.bias"].delta(torch.zeros(H)) == 1).all()
+
+
+def test_xlabs_names():
+    names = {"double_blocks.1.processor.qkv_lora1": ("double_blocks.1.img_attn.qkv", None),
+             "double_blocks.1.processor.proj_lora2": ("double_blocks.1.txt_attn.proj", None),
+             "single_blocks.0.processor.qkv_lora": ("single_blocks.0.linear1", (0, 0, 3 * H)),
+             "single_blocks.0.processor.proj_lora": ("single_blocks.0.linear2", None)}  # fmt: skip
+    file = {}
+    for name, (path, rows) in names.items():
+        shape = (rows[2], H) if rows else FLUX[path]
+        file[f"{name}.up.weight"], file[f"{name}.down.weight"] = (
+            torch.ones(shape[0], 2), torch.ones(2, shape[1]))  # fmt: skip
+    entries, report = resolve(file, MODEL)
+    assert [(e.path, e.slice) for e in entries] == list(names.values())
+    assert report.format == "bare"
 
 
 def test_a_broken_module_is_an_error_with_stem_and_file():
@@ -243,29 +312,6 @@ def test_a_name_with_two_meanings_goes_where_it_fits_with_a_warning():
         entries, report = resolve(lora("lora_unet_a_b_c", (size, size)), index)
         assert [e.path for e in entries] == [path]
         assert "ambiguous" in report.warnings[0] and path in report.warnings[0]
-
-
-def test_text_encoders():
-    stem = Q.replace(".", "_")
-    names = {"lora_te_": "l", "lora_te1_": "l", "lora_te2_": "g"}
-    dotted = {
-        "text_encoder.": "l",
-        "text_encoder_2.": "g",
-        "text_encoders.clip_g.transformer.": "g",
-    }
-    for prefix, which in (names | dotted).items():
-        size = {"l": 6, "g": 10}[which]
-        file = lora(prefix + (Q if prefix in dotted else stem), (size, size))
-        entries, _ = resolve(file, MODEL | CLIP)
-        assert [(e.key, e.part) for e in entries] == [
-            (f"clip_{which}.transformer.{Q}.weight", f"clip_{which}")
-        ]
-        _, report = resolve(file, MODEL)
-        assert list(report.unmatched.values()) == [
-            f"for the text encoder clip_{which}, which is not among the given weights"
-        ]
-    _, report = resolve(kohya(["img_in"]), CLIP)
-    assert "for the diffusion model" in report.unmatched["lora_unet_img_in"]
 
 
 def test_wrappers_are_seen_through():
@@ -322,45 +368,3 @@ def test_empty_file_and_empty_model():
     _, report = resolve(kohya(BLOCKS), {})
     assert report.file_architecture == "flux"
     assert report.architecture is None
-
-
-@pytest.mark.parametrize(
-    ("config", "path", "scale"),
-    [
-        ({"r": 4, "lora_alpha": 8}, "a", 2.0),
-        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, "a", 4.0),
-        ({"r": 4, "alpha": 2}, "a", 0.5),
-        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"q": 4}}, "x.q", 1.0),
-        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"q": 4}}, "x.qq", 2.0),
-        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"^q": 4}}, "x.q", 2.0),
-        ({"r": 4, "lora_alpha": 8, "rank_pattern": {r"blocks\.\d+\.q": 16}}, "m.blocks.12.q", 0.5),
-        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"x.q": 4, "q": 12}}, "x.q", 1.0),
-        ({"peft_type": "IA3"}, "a", None),
-    ],
-)
-def test_scale_of_a_peft_config(config, path, scale):
-    assert config_scale(config, path) == scale
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"r": 0, "lora_alpha": 1},
-        {"r": "4", "lora_alpha": 1},
-        {"r": 4, "lora_alpha": float("nan")},
-        {"r": 4, "lora_alpha": 1, "alpha_pattern": {"(": 1}},
-    ],
-)
-def test_a_broken_peft_config_is_an_error(config):
-    file = {
-        k: t for k, t in lora("base_model.model.img_in", FLUX["img_in"]).items() if "alpha" not in k
-    }
-    with pytest.raises(AdapterLabError, match="adapter_config.json"):
-        resolve(Adapter(file, config=config), MODEL)
-
-
-def test_alpha_in_the_file_goes_before_a_config_beside_it():
-    """Many adapters may share a folder with one config; a stored alpha is the module's own."""
-    config = {"r": 2, "lora_alpha": 20}
-    entries, _ = resolve(kohya(["img_in"], config=config), MODEL)
-    assert entries[0].algorithm.scale == 1.0

@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from adapter_lab.core.tensors import factorization, hadamard, khatri_rao, kron, tucker
+from adapter_lab.core.tensors import (
+    add_hadamard,
+    add_kron,
+    factorization,
+    hadamard,
+    khatri_rao,
+    kron,
+    rows_of,
+    tucker,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,3 +61,43 @@ def test_tensor_functions() -> None:
     core = torch.randn(2, 3, 1, 2, generator=rng())
     want = torch.einsum("op,pqxy,qi->oixy", a, core, d)
     assert error(tucker(core, a, d), want) < 1e-6
+
+
+sizes = st.integers(1, 40)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), sizes, sizes, st.integers(0, 3))
+def test_adding_in_place_is_adding(a: int, b: int, c: int, d: int, beside: int) -> None:
+    w1, w2 = torch.randn(a, b, generator=rng()), torch.randn(c, d, generator=rng())
+    whole = torch.randn(a * c, b * d + beside, generator=rng())
+    rows, before = whole[:, : b * d], whole.clone()
+    product = torch.kron(w1, w2)
+    add_kron(rows, w1, w2)
+    assert torch.allclose(rows, before[:, : b * d] + product, atol=1e-5)
+    left, right = (
+        torch.randn(2, a * c, 3, generator=rng()),
+        torch.randn(2, 3, b * d, generator=rng()),
+    )
+    whole.copy_(before)
+    add_hadamard(rows, left[0], right[0], left[1], right[1])
+    product = (left[0] @ right[0]) * (left[1] @ right[1])
+    assert torch.allclose(rows, before[:, : b * d] + product, atol=1e-4)
+    assert torch.equal(whole[:, b * d :], before[:, b * d :])
+
+
+def test_a_hadamard_product_of_many_blocks() -> None:
+    rows = torch.zeros(1000, 1500)
+    factors = [torch.randn(s, generator=rng()) for s in ((1000, 2), (2, 1500)) * 2]
+    add_hadamard(rows, *factors)
+    assert error(rows, hadamard(*factors)) < 1e-6
+
+
+def test_rows_share_memory_or_are_refused() -> None:
+    weight = torch.zeros(6, 4, 3, 3)
+    for part in (weight, weight[1:3], weight[:, 1:3], weight[::2]):
+        rows = rows_of(part)
+        assert rows is not None and rows.shape == (len(part), part[0].numel())
+        assert rows.data_ptr() == part.data_ptr()
+    last = weight.to(memory_format=torch.channels_last)
+    for part in (last, weight[:, ::2], weight[..., :2], torch.zeros(3)):
+        assert rows_of(part) is None

@@ -1,0 +1,75 @@
+"""How much memory the algorithms that are trained take beside their weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, Algorithm
+from adapter_lab.core.tensors import Op
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TRAINED = [name for name, algorithm in ALGORITHMS.items() if algorithm.trainable]
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def saved_for_backward(adapter: Algorithm, run) -> int:
+    """Bytes that autograd keeps, not counting the factors themselves."""
+    kept: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in adapter.tensors.values()}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.numel = max(self.numel, made.numel())
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"factor": 8}, {"full_matrix": True, "factor": 128}])
+@pytest.mark.parametrize("algorithm", TRAINED)
+def test_merging_makes_no_dense_delta(algorithm: str, options: dict) -> None:
+    weight, config = torch.zeros(1024, 1024), AdapterConfig(algorithm, rank=4, **options)
+    adapter = ALGORITHMS[algorithm].init(weight.shape, config, rng())
+    with Largest() as merged:
+        adapter.at(0.5).merge(weight)
+    assert 0 < merged.numel <= 2 * 98304 < weight.numel() / 4
+    with Largest() as dense:
+        adapter.delta(weight)
+    assert dense.numel >= weight.numel()
+
+
+@pytest.mark.parametrize("algorithm", TRAINED)
+def test_no_dense_delta_is_kept_for_backward(algorithm: str) -> None:
+    config, weight, x = AdapterConfig(rank=2), torch.zeros(256, 256), torch.randn(4, 256)
+    x.requires_grad_()  # as between layers, where a dense delta would be kept for it
+    adapter = ALGORITHMS[algorithm].init(weight.shape, config, rng())
+    for t in adapter.tensors.values():
+        t.requires_grad_()
+    dense = weight.nbytes
+    assert saved_for_backward(adapter, lambda: adapter.delta(weight)) < dense / 8
+    assert saved_for_backward(adapter, lambda: adapter.bypass(x, Op(), weight)) < dense / 8
