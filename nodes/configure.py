@@ -38,7 +38,7 @@ def _adapter_inputs() -> list[Any]:
     return [
         io.Combo.Input(
             "algorithm",
-            options=list(ALGORITHMS),
+            options=[name for name, a in ALGORITHMS.items() if a.trainable],
             tooltip="lora: works everywhere. loha: rank r^2 for the size of 2r. lokr: "
             "smallest files, Kronecker product.",
         ),

@@ -7,9 +7,18 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.files import Adapter
-from ..core.keys import describe, resolve
+from ..core.keys import Description, describe, resolve
+from ..core.keys.alone import file_entries
 from .host import model as host
+from .host.norms import norms
+from .plots import block_plot
 from .types import CATEGORY, adapter_input, panel, report_output
+
+
+def _facts(found: Description) -> list[tuple[str, str]]:
+    broken = [f"{stem}: {why}" for stem, why in found.broken.items()]
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return [*found.facts, *([("broken", "; ".join(broken[:3]) + more)] if broken else [])]
 
 
 class InspectAdapter(io.ComfyNode):
@@ -20,7 +29,7 @@ class InspectAdapter(io.ComfyNode):
             display_name="Inspect Adapter",
             category=f"{CATEGORY}/load",
             description="Says what an adapter holds and, with a model, how it fits.",
-            search_aliases=["lora info", "lora metadata", "analyze lora", "keys"],
+            search_aliases=["lora info", "lora metadata", "analyze lora", "keys", "trigger words"],
             is_output_node=True,
             inputs=[
                 adapter_input("The adapter to look at."),
@@ -28,18 +37,29 @@ class InspectAdapter(io.ComfyNode):
                     "model", optional=True, tooltip="Also match the adapter with this model."
                 ),
             ],
-            outputs=[report_output("Algorithm, ranks, key format, architecture and metadata.")],
+            outputs=[
+                report_output("Algorithm, ranks, key format, architecture and metadata."),
+                io.Image.Output(display_name="plot", tooltip="Norm of the change by block."),
+            ],
         )
 
     @classmethod
     def execute(cls, adapter: dict[str, Any], model: Any = None) -> io.NodeOutput:
         own = Adapter.of(adapter)
-        text = describe(own)
-        if model is None:
-            return io.NodeOutput(text, ui=panel(text))
-        _, report = resolve(own, host.index(model), host.architecture(model))
-        text = f"{report.to_text()}\n\n{text}"
-        return io.NodeOutput(text, ui=panel(text, report.to_dict()))
+        found = describe(own)
+        text = found.to_text()
+        data: dict[str, Any] = {"text": found.headline}
+        entries, spec = file_entries(own)
+        if model is not None:
+            its = host.architecture(model)
+            matched, report = resolve(own, host.index(model), its)
+            # A file for another model is still drawn, but not measured on this one's weights.
+            entries, spec, model = (matched, its, model) if matched else (entries, spec, None)
+            data = {**report.to_dict(), "text": report.to_text()}
+            text = f"{report.to_text()}\n\n{text}"
+        bars = norms(entries, spec, model)
+        data |= {"facts": _facts(found), "norms": bars, "metadata": found.metadata}
+        return io.NodeOutput(text, block_plot(bars), ui=panel(text, data))
 
 
 NODES = [InspectAdapter]

@@ -10,6 +10,7 @@ from ..core.files import Adapter, read_adapter
 from ..core.keys import describe
 from .host import model as host
 from .host import paths
+from .host.mode import MODES
 from .types import CATEGORY, adapter_input, panel, report_output, strength_input
 
 _CATEGORY = f"{CATEGORY}/load"
@@ -45,10 +46,12 @@ def _strength_inputs() -> list[Any]:
         strength_input("strength_clip", "The same for the text encoder."),
         io.Combo.Input(
             "mode",
-            options=["auto", "merge"],
+            options=list(MODES),
             default="auto",
             tooltip="merge: add the adapter to the weights when the model is loaded, no cost while "
-            "sampling. auto: choose for the model at hand.",
+            "sampling. bypass: leave the weights as they are and add its effect to what the "
+            "layers give, exact on quantised models. auto: bypass where the model is quantised "
+            "or the schedule changes, else merge; the report says which.",
         ),
         io.Combo.Input(
             "on_unmatched",
@@ -56,6 +59,42 @@ def _strength_inputs() -> list[Any]:
             default="report",
             tooltip="What to do when a part of the file does not fit the model: report it on the "
             "node and load the rest, or stop. A file of which nothing fits is always an error.",
+        ),
+        *_detail_inputs(),
+    ]
+
+
+def _detail_inputs() -> list[Any]:
+    # Optional, for prompts of before they existed do not send them.
+    return [
+        io.String.Input(
+            "block_weights",
+            optional=True,
+            default="",
+            multiline=True,
+            placeholder="double_blocks.3 = 0.5\n*.txt_* = 0\n@attention = 0.8",
+            tooltip="Factors on the strength by part of the model, one 'pattern = weight' a line. "
+            "Patterns are names of blocks or modules with * for anything, or @group. The last "
+            "line that hits a module counts; what none hits has 1. Text encoders: clip_l.*",
+        ),
+        io.String.Input(
+            "schedule",
+            optional=True,
+            default="",
+            placeholder="0@0, 1@0.3, 0.2@1",
+            tooltip="Factor on strength_model over sampling: strength@progress, linear between "
+            "the points, 0 the start and 1 the end, measured as ComfyUI's start_percent. Empty: 1 "
+            "throughout. The text encoder runs before sampling and is not affected.",
+        ),
+        io.Float.Input(
+            "alpha",
+            optional=True,
+            default=0.0,
+            min=0.0,
+            max=65536.0,
+            step=0.5,
+            tooltip="Alpha to assume where neither the file nor a config beside it tells the "
+            "scale; the report says so where that is the case. 0: the rank, a scale of 1.",
         ),
     ]
 
@@ -68,12 +107,14 @@ def _outputs() -> list[Any]:
     ]
 
 
-def _apply(
-    model: Any, clip: Any, adapter: Adapter, strength_model: float, strength_clip: float, on: str
-) -> io.NodeOutput:
-    done = host.apply(model, clip, adapter, strength_model, strength_clip, on)
-    text = done.report.to_text()
-    return io.NodeOutput(done.model, done.clip, text, ui=panel(text, done.report.to_dict()))
+def _apply(model: Any, clip: Any, adapter: Adapter, *given: Any) -> io.NodeOutput:
+    strength_model, strength_clip, mode, on_unmatched, block_weights, schedule, alpha = given
+    done = host.apply(
+        model, clip, adapter, strength_model, strength_clip, on_unmatched, mode=mode,
+        block_weights=block_weights, schedule=schedule, alpha=alpha,
+    )  # fmt: skip
+    text = done.to_text()
+    return io.NodeOutput(done.model, done.clip, text, ui=panel(text, done.to_dict()))
 
 
 class LoadAdapter(io.ComfyNode):
@@ -108,10 +149,14 @@ class LoadAdapter(io.ComfyNode):
         strength_clip: float,
         mode: str,
         on_unmatched: str,
+        block_weights: str = "",
+        schedule: str = "",
+        alpha: float = 0.0,
         clip: Any = None,
     ) -> io.NodeOutput:
         adapter = read_adapter(paths.adapter_path(adapter_name))
-        return _apply(model, clip, adapter, strength_model, strength_clip, on_unmatched)
+        given = strength_model, strength_clip, mode, on_unmatched, block_weights, schedule, alpha
+        return _apply(model, clip, adapter, *given)
 
 
 class AdapterFile(io.ComfyNode):
@@ -138,8 +183,10 @@ class AdapterFile(io.ComfyNode):
     @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:
         adapter = read_adapter(paths.adapter_path(adapter_name))
-        text = describe(adapter)
-        return io.NodeOutput(adapter, text, ui=panel(text))
+        found = describe(adapter)
+        text = found.to_text()
+        shown = {"text": found.headline, "facts": found.facts, "metadata": found.metadata}
+        return io.NodeOutput(adapter, text, ui=panel(text, shown))
 
 
 class ApplyAdapter(io.ComfyNode):
@@ -169,10 +216,14 @@ class ApplyAdapter(io.ComfyNode):
         strength_clip: float,
         mode: str,
         on_unmatched: str,
+        block_weights: str = "",
+        schedule: str = "",
+        alpha: float = 0.0,
         clip: Any = None,
     ) -> io.NodeOutput:
         own = Adapter.of(adapter)
-        return _apply(model, clip, own, strength_model, strength_clip, on_unmatched)
+        given = strength_model, strength_clip, mode, on_unmatched, block_weights, schedule, alpha
+        return _apply(model, clip, own, *given)
 
 
 NODES = [LoadAdapter, AdapterFile, ApplyAdapter]

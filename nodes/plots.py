@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -19,8 +21,7 @@ def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) 
     The training loss is drawn faintly, its running mean strongly: single batches scatter by more
     than a whole run improves.
     """
-    image = Image.new("RGB", SIZE, "#242933")
-    draw = ImageDraw.Draw(image)
+    image, draw = _canvas()
     left, top, right, bottom = MARGIN[0], MARGIN[1], SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
     smooth = _running_mean(losses)
     # The range of what is to be read; outliers of single batches may leave the picture.
@@ -55,6 +56,69 @@ def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) 
     draw.text((left, SIZE[1] - 6), legend.split("    ")[0], fill=LINE, anchor="lb", font=font)
     if validation:
         draw.text((left + 150, SIZE[1] - 6), "held-out loss", fill=DOTS, anchor="lb", font=font)
+    return _tensor(image)
+
+
+def block_plot(norms: Sequence[tuple[str, float]]) -> Tensor:
+    """Norm of the change by block as an IMAGE, (1, h, w, 3) in [0, 1].
+
+    Args:
+        norms: (block, norm) in the order of the model; runs of blocks that differ only in their
+            number ("double_blocks.0", "double_blocks.1") share a colour and a caption.
+    """
+    image, draw = _canvas()
+    left, top, right, bottom = MARGIN[0], MARGIN[1] + 14, SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
+    font, small = ImageFont.load_default(12), ImageFont.load_default(10)
+    tick = _tick(max((norm for _, norm in norms), default=0.0))
+    for i in range(5):
+        y = bottom - (bottom - top) * i / 4
+        draw.line([(left, y), (right, y)], fill=GRID)
+        draw.text((left - 6, y), f"{tick * i:g}", fill=INK, anchor="rm", font=font)
+    draw.text((left, 8), "norm of the change by block", fill=INK, anchor="lt", font=font)
+    runs = _runs(norms)
+    # A gap of one bar between two runs.
+    step = min((right - left) / max(len(norms) + len(runs) - 1, 1), 96)
+    x = free = left
+    for colour, (kind, blocks) in zip(cycle((LINE, DOTS)), runs, strict=False):
+        start = min(max(x, free), right - font.getlength(kind))
+        if start >= free:
+            draw.text((start, bottom + 20), kind, fill=colour, anchor="lt", font=font)
+            free = start + font.getlength(kind) + 8
+        for i, (number, norm) in enumerate(blocks):
+            high = (bottom - top) * norm / (4 * tick)
+            draw.rectangle([(x, bottom - high), (x + max(step * 0.8, 1), bottom)], fill=colour)
+            if i % math.ceil(16 / step) == 0:
+                at = x + step * 0.4, bottom + 4
+                draw.text(at, number, fill=INK, anchor="mt", font=small)
+            x += step
+        x += step
+    return _tensor(image)
+
+
+def _tick(high: float) -> float:
+    """A round number that four of reach ``high``."""
+    unit = 10 ** math.floor(math.log10(high / 4)) if high > 0 else 0.25
+    return next(n * unit for n in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if 4 * n * unit >= high)
+
+
+def _runs(norms: Sequence[tuple[str, float]]) -> list[tuple[str, list[tuple[str, float]]]]:
+    """(kind, its (number, norm)) of each run of blocks of one kind."""
+    runs: list[tuple[str, list[tuple[str, float]]]] = []
+    for block, norm in norms:
+        kind, _, number = block.rpartition(".")
+        kind, number = (kind, number) if number.isdecimal() else (block, "")
+        if not runs or runs[-1][0] != kind:
+            runs.append((kind, []))
+        runs[-1][1].append((number, norm))
+    return runs
+
+
+def _canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", SIZE, "#242933")
+    return image, ImageDraw.Draw(image)
+
+
+def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
 
 

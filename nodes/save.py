@@ -14,6 +14,7 @@ from ..core.keys import convert
 from .host import paths
 from .types import CATEGORY, adapter_input, panel
 
+KEY_FORMATS = ("comfyui", "kohya", "diffusers", "lycoris", "musubi")
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,10 +40,10 @@ def _inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "key_format",
-            options=["comfyui", "kohya"],
+            options=list(KEY_FORMATS),
             default="comfyui",
-            tooltip="Spelling of the names in the file. comfyui loads in every ComfyUI, "
-            "kohya in A1111, Forge and sd-scripts as well.",
+            tooltip="Spelling of the names in the file. comfyui loads in every ComfyUI, kohya in "
+            "A1111, Forge and sd-scripts. diffusers, lycoris and musubi: for those tools.",
         ),
         io.Combo.Input(
             "dtype",

@@ -2,77 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn as nn
 
+from ...core import schedule as schedules
 from ...core.archs import ArchSpec, detect
 from ...core.errors import AdapterLabError
 from ...core.files import Adapter
-from ...core.keys import Entry, ModelIndex, Report, resolve
-from .adapter import AdapterPatch
+from ...core.keys import Entry, ModelIndex, Report, blocks, resolve
+from ...core.keys.blocks import BlockWeights
+from ...core.schedule import Schedule
+from .adapter import merge
+from .bypass import attach
+from .layers import parameters, submodules
+from .mode import BYPASS, Mode, choose
+from .parts import Part, acts_on_layer
+from .values import is_patchable
 
 DIFFUSION = "diffusion_model."
 
 
-@dataclass
+@dataclass(frozen=True)
 class Applied:
-    """A model and text encoder with an adapter on, and what happened."""
+    """A model and text encoder with an adapter on, and what happened.
+
+    Attributes:
+        mode: of the diffusion model, or of the text encoder where the file has nothing else.
+    """
 
     model: Any
     clip: Any
     report: Report
+    mode: Mode
+    schedule: Schedule = Schedule()
+
+    def to_text(self) -> str:
+        """The report with a line for the mode."""
+        verdict, *rest = self.report.to_text().split("\n")
+        return "\n".join((verdict, self.mode.to_text(), *rest))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data, with "mode" and, where the strength changes, "schedule"."""
+        varying = self.schedule.constant is None
+        points = {"schedule": [list(point) for point in self.schedule.points]} if varying else {}
+        return {**self.report.to_dict(), "mode": self.mode.to_dict(), **points}
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Weight name -> shape, as the model is in memory; quantised weights give the logical shape."""
-    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+    return {
+        f"{path}.{name}" if path else name: tuple(parameter.shape)
+        for path, child in submodules(module).items()
+        for name, parameter in child._parameters.items()
+        if parameter is not None
+    }
 
 
-def index(model: Any, clip: Any = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of everything an adapter can reach in MODEL and CLIP.
-
-    ComfyUI takes patches for parameters beside child modules (Wan's ``blocks.0.modulation``), but
-    never applies them.
-    """
-    found = _patchable(model.model)
+def index(model: Any, clip: Any = None) -> ModelIndex:
+    """Everything an adapter can reach in MODEL and CLIP."""
+    found = shapes(model.model)
     if clip is not None:
-        found |= _patchable(clip.cond_stage_model)
-    return found
-
-
-def _patchable(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    leaves = {name for name, child in module.named_modules() if not any(child.children())}
-    return {n: shape for n, shape in shapes(module).items() if n.rpartition(".")[0] in leaves}
+        found |= shapes(clip.cond_stage_model)
+    return ModelIndex(found)
 
 
 def architecture(model: Any) -> ArchSpec | None:
     """The architecture of MODEL, None when it is not in the registry."""
-    return detect(ModelIndex(shapes(model.model)))
+    return detect(index(model))
 
 
 def apply(
     model: Any,
     clip: Any,
     adapter: Adapter,
-    strength_model: float,
-    strength_clip: float,
-    on_unmatched: str,
+    strength_model: float = 1.0,
+    strength_clip: float = 1.0,
+    on_unmatched: str = "report",
+    *,
+    mode: str = "auto",
+    block_weights: str = "",
+    schedule: str = "",
+    alpha: float = 0.0,
 ) -> Applied:
-    """Clones of ``model`` and ``clip`` with ``adapter`` added to their weights.
+    """Clones of ``model`` and ``clip`` with ``adapter`` on.
+
+    Args:
+        strength_model: m for the diffusion model. strength_clip: for text encoders.
+        on_unmatched: "report" or "error". mode: one of ``mode.MODES``.
+        block_weights: as ``core.keys.blocks`` reads them. schedule: as ``core.schedule`` does.
+        alpha: to assume where nothing tells the scale, 0 for the rank.
 
     Raises:
-        AdapterLabError: nothing matches, or something does not and ``on_unmatched`` is "error".
+        AdapterLabError: nothing matches, something does not and ``on_unmatched`` is "error", or
+            the settings are not understood or contradict each other.
     """
-    entries, report = resolve(adapter, index(model, clip), architecture(model))
-    rest = "Set 'on_unmatched' to report to load the rest" if on_unmatched == "error" else ""
-    require_fit(report, rest)
+    names = index(model, clip)
+    spec = detect(names)
+    over, weights = schedules.parse(schedule), blocks.parse(block_weights, spec)
+    entries, report = resolve(adapter, names, spec, alpha=alpha or None)
+    strict = on_unmatched == "error"
+    require_fit(report, "Set 'on_unmatched' to report to load the rest" if strict else "")
+    _tell(report, weights, names, entries)
     diffusion = [e for e in entries if e.key.startswith(DIFFUSION)]
     encoder = [e for e in entries if not e.key.startswith(DIFFUSION)]
-    patched = _patched(model, diffusion, strength_model)
-    return Applied(patched, clip and _patched(clip, encoder, strength_clip), report)
+    adapted, chosen = _adapted(model, _parts(diffusion, strength_model, weights, over), mode)
+    if clip is not None:
+        # A text encoder runs before sampling and knows no progress.
+        clip, other = _adapted(clip, _parts(encoder, strength_clip, weights, Schedule()), mode)
+        chosen = chosen if diffusion or not encoder else other
+    return Applied(adapted, clip, report, chosen, over)
 
 
 def require_fit(report: Report, advice: str = "") -> None:
@@ -87,20 +129,63 @@ def require_fit(report: Report, advice: str = "") -> None:
         )
 
 
-def _patched(target: Any, entries: Iterable[Entry], strength: float) -> Any:
+def _tell(
+    report: Report, weights: BlockWeights, names: ModelIndex, entries: Iterable[Entry]
+) -> None:
+    """What block weights do and what they fail to do, into the report."""
+    if not weights:
+        return
+    found = {entry.stem: weights.weight_of(entry.path, entry.part) for entry in entries}
+    report.strengths.update({stem: weight for stem, weight in found.items() if weight != 1})
+    places = [(path, part) for part, modules in names.parts.items() for path in modules]
+    unused = weights.unused(places)
+    report.warnings += [f"The block weight '{line}' hits nothing in the model" for line in unused]
+
+
+def _parts(
+    entries: Iterable[Entry], strength: float, weights: BlockWeights, schedule: Schedule
+) -> list[Part]:
+    """The entries at their strengths, without those at 0."""
+    parts = [
+        Part(
+            entry.key, entry.slice, entry.algorithm,
+            strength * weights.weight_of(entry.path, entry.part), schedule,
+        )
+        for entry in entries
+    ]  # fmt: skip
+    return [part for part in parts if part.strength != 0 and schedule.constant != 0]
+
+
+def _adapted(target: Any, parts: Sequence[Part], asked: str) -> tuple[Any, Mode]:
+    """A clone of MODEL or CLIP with ``parts`` on."""
     clone = target.clone()
-    if strength == 0:
-        return clone
-    # Two modules of a file may end on the same rows: a dict holds only one patch per key.
-    rounds: list[dict[Any, AdapterPatch]] = []
-    for entry in entries:
-        key = entry.key if entry.slice is None else (entry.key, tuple(entry.slice))
-        free = next((r for r in rounds if key not in r), None)
-        if free is None:
-            rounds.append(free := {})
-        free[key] = AdapterPatch.of(entry.algorithm)
-    for patches in rounds:
-        accepted = clone.add_patches(patches, strength)
-        if missing := set(patches) - set(accepted):
-            raise AdapterLabError("ComfyUI refused patches", found=", ".join(map(str, missing)))
-    return clone
+    patcher = getattr(clone, "patcher", clone)
+    # A clone is born with the mark of a model that it has not touched yet.
+    patcher.is_injected = False
+    modules = submodules(patcher.model)
+    parts = [_beside_weight(part, modules[part.path]) for part in parts]
+    mode = choose(asked, modules, parts)
+    layers: list[Part] = []
+    values: list[Part] = []
+    patches: list[Part] = []
+    for part in parts:
+        module = modules[part.path]
+        if mode.chosen == BYPASS and acts_on_layer(module, part):
+            layers.append(part)
+        elif part.varies or not is_patchable(module, part.name):
+            values.append(part)
+        else:
+            patches.append(part)
+    merge(patcher, patches)
+    if layers or values:
+        attach(patcher, values, layers)
+    return clone, mode
+
+
+def _beside_weight(part: Part, module: Any) -> Part:
+    """What acts on a bias told of the weight beside it, where it needs to know that."""
+    if part.name != "bias" or part.algorithm.reads_output:
+        return part
+    with parameters(module, torch.device("cpu")) as (weight, _):
+        rows = weight if part.slice is None else weight.narrow(*part.slice)
+        return replace(part, algorithm=part.algorithm.settled(rows))

@@ -23,6 +23,7 @@ from ...core.adapters import Algorithm
 from ...core.archs import ArchSpec
 from ...core.errors import AdapterLabError
 from ...core.tensors import Op
+from .layers import dims, operation
 from .model import DIFFUSION
 
 # More than there is: everything else has to leave the device, activations need the room.
@@ -36,31 +37,13 @@ def layers(model: Any) -> dict[str, nn.Module]:
     By duck type: quantised linears of ComfyUI are no ``nn.Linear``.
     """
     modules = model.model.diffusion_model.named_modules()
-    return {name: module for name, module in modules if _dims(module) is not None}
+    return {name: module for name, module in modules if dims(module) is not None}
 
 
 def blocks(model: Any, arch: ArchSpec) -> list[str]:
     """The repeated blocks of the model, in its order."""
     names = [name for name, _ in model.model.diffusion_model.named_modules()]
     return [name for name in names if any(re.fullmatch(block, name) for block in arch.blocks)]
-
-
-def operation(module: nn.Module) -> Op:
-    """The layer without its weight."""
-    dims = _dims(module)
-    if not dims:
-        return Op()
-    conv: Any = module
-    return Op(dims, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _dims(module: Any) -> int | None:
-    if getattr(module, "weight", None) is None:
-        return None
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return 0
-    kinds = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-    return next((dims for kind, dims in kinds.items() if isinstance(module, kind)), None)
 
 
 class Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import comfy.lora
 import comfy.model_management
+import comfy.sd
 import pytest
 import torch
 import torch.nn as nn
@@ -13,6 +14,8 @@ from adapter_lab.nodes.host import model as host
 from adapter_lab.nodes.host.adapter import AdapterPatch
 from adapter_lab.nodes.host.session import layers
 from comfy.model_patcher import LowVramPatch
+from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
+from comfy.supported_models_base import ClipTarget
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -190,12 +193,52 @@ def test_partial_match_is_reported_or_refused(load):
         host.apply(model, None, file, 1.0, 1.0, "error")
 
 
-def test_parameters_that_comfyui_never_patches_are_reported(load):
-    model = load("wan")
-    _, file = trained(model, "wan", "lora", 0)
-    stem = "diffusion_model.blocks.0.modulation"
-    file[f"{stem}.lora_up.weight"] = torch.ones(1, 2, 1)
-    file[f"{stem}.lora_down.weight"] = torch.ones(2, 6, 128)
-    report = host.apply(model, None, file, 1.0, 1.0, "report").report
-    assert len(report.matched) == 3 and list(report.unmatched) == [stem]
-    assert report.architecture == "wan"
+@pytest.fixture(scope="module")
+def clip():
+    """A tiny CLIP-L with random weights."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "projection_dim": 32,
+    }  # fmt: skip
+    options = {"clip_l_model_config": sizes, "dtype": torch.float32}
+    rng = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        made = comfy.sd.CLIP(ClipTarget(SD1Tokenizer, SD1ClipModel), model_options=options)
+        for parameter in made.cond_stage_model.parameters():
+            parameter.data.normal_(std=0.2, generator=rng)
+    return made
+
+
+@pytest.mark.parametrize("mode", ["merge", "bypass"])
+def test_text_encoder(load, clip, mode):
+    """Against weights changed by hand; the schedule is for the diffusion model alone."""
+    model, rng = load("flux"), torch.Generator().manual_seed(0)
+    up, down = torch.randn(32, 4, generator=rng), torch.randn(4, 32, generator=rng) * 0.1
+    stem = "lora_te_text_model_encoder_layers_1_self_attn_v_proj"
+    _, file = trained(model, "flux", "lora", 0)
+    file |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+    schedule = "0@0, 1@1" if mode == "bypass" else ""
+    with torch.inference_mode():
+        before = clip.encode("a star")
+        arguments = (model, clip, file, 1.0, 0.5, "error")
+        done = host.apply(*arguments, mode=mode, schedule=schedule)
+        result, again = done.clip.encode("a star"), clip.encode("a star")
+        layer = clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[1]
+        weight = layer.self_attn.v_proj.weight
+        weight.data.add_(up @ down, alpha=0.5)
+        expected = clip.encode("a star")
+        weight.data.sub_(up @ down, alpha=0.5)
+    assert torch.equal(before, again) and not torch.allclose(before, expected, atol=1e-2)
+    close(result, expected)
+    assert bool(done.clip.patcher.patches) == (mode == "merge")
+
+
+def test_strength_by_part_of_the_model(load, clip):
+    """Block weights reach the text encoder under the name of its part."""
+    model, stem = load("flux"), "lora_te_text_model_encoder_layers_1_self_attn_v_proj"
+    _, file = trained(model, "flux", "lora", 0)
+    file |= {f"{stem}.lora_up.weight": torch.ones(32, 2)}
+    file |= {f"{stem}.lora_down.weight": torch.ones(2, 32)}
+    done = host.apply(model, clip, file, block_weights="clip_l.* = 0")
+    assert done.report.strengths == {stem: 0.0}
+    assert done.model.patches and not done.clip.patcher.patches

@@ -22,9 +22,11 @@ from safetensors.torch import save
 
 # Ids and inputs that saved workflows rely on, in order.
 CONTRACT = {
-    "AdapterLabLoader": "model clip adapter_name strength_model strength_clip mode on_unmatched",
+    "AdapterLabLoader": "model clip adapter_name strength_model strength_clip mode on_unmatched "
+    "block_weights schedule alpha",
     "AdapterLabFile": "adapter_name",
-    "AdapterLabApply": "model clip adapter strength_model strength_clip mode on_unmatched",
+    "AdapterLabApply": "model clip adapter strength_model strength_clip mode on_unmatched "
+    "block_weights schedule alpha",
     "AdapterLabInspect": "adapter model",
     "AdapterLabSave": "adapter filename_prefix key_format dtype metadata",
     "AdapterLabDataset": "latents conditioning mask name",
@@ -39,6 +41,7 @@ CONTRACT = {
 OUTPUTS = {
     "AdapterLabLoader": "MODEL CLIP STRING",
     "AdapterLabFile": "LORA_MODEL STRING",
+    "AdapterLabInspect": "STRING IMAGE",
     "AdapterLabDataset": "TRAIN_DATASET STRING",
     "AdapterLabDatasetItem": "LATENT CONDITIONING",
     "AdapterLabTrain": "MODEL LORA_MODEL TRAIN_RUN LOSS_MAP IMAGE",
