@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 Run = Callable[[], float]
 
 
@@ -33,3 +36,17 @@ def timed(work: Callable[[], object]) -> Run:
         return time.perf_counter() - start
 
     return run
+
+
+def peak(work: Callable[[], object]) -> float:
+    """Bytes that ``work`` holds at its peak beside what was held before, by the kernel's count."""
+    gc.collect()
+    CLEAR.write_text("5")  # the peak so far is forgotten
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = STATUS.read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
