@@ -92,8 +92,10 @@ def report(path: Path, prompt: dict, result, base: Path) -> int:
 
     print(f"\n===== {path.name}")
     for node, text in result.texts.items():
-        if text.strip().count("\n") < LONGEST_TEXT:
-            print(f"--- {prompt[node]['_meta']['title']}\n{text.strip()}\n")
+        lines = text.strip().splitlines()
+        rest = len(lines) - LONGEST_TEXT
+        shown = lines if rest < 2 else [*lines[:LONGEST_TEXT], f"... and {rest} more lines"]
+        print("\n".join((f"--- {prompt[node]['_meta']['title']}", *shown, "")))
     for line in figures(prompt, result, base, path.stem):
         print(line)
     saved = sorted((base / "output" / "loras").rglob("*.safetensors"))

@@ -2,7 +2,8 @@
 
     ADAPTER_LAB_COMFYUI=... python tests/web/thumbnail.py [NAME ...]
 
-Left half without the adapter, right half with it: a prompt a row, the same seeds in both halves.
+Of a workflow that samples: left half without the adapter, right half with it, a prompt a row, the
+same seeds in both halves. Of another: the picture that it previews.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "demo")]
@@ -22,8 +24,10 @@ from summary import sheet  # noqa: E402
 
 CELL, EACH = 118, 4  # pixels, pictures of a prompt
 SHOWN = 2  # of them in each half
-SAVED = """() => Object.fromEntries(app.graph.nodes.filter((n) => n.type === "SaveImage").map(
-  (n) => [n.widgets[0].value.split("/").pop(), app.nodeOutputs[n.id].images]))"""
+SHOWN_BY = """() => Object.fromEntries(app.graph.nodes
+  .filter((n) => n.type === "SaveImage" || n.type === "PreviewImage")
+  .map((n) => [n.type === "PreviewImage" ? "preview" : n.widgets[0].value.split("/").pop(),
+    app.nodeOutputs[n.id].images]))"""
 
 
 def main(names: list[str]) -> None:
@@ -38,12 +42,19 @@ def main(names: list[str]) -> None:
             kind, data = front.run(seconds=1800)
             if kind != "execution_success":
                 sys.exit(f"{name}: {kind} {data.get('exception_message', data)}")
-            saved = front.js(SAVED)
-            halves = [[server.base / "output" / one["subfolder"] / one["filename"]
-                       for one in saved[half]] for half in ("before", "after")]
-            picture = sheet(halves, len(halves[0]) // EACH, SHOWN, CELL)
+            picture = thumbnail(server.base, front.js(SHOWN_BY))
             picture.save(path.with_suffix(".jpg"), quality=88, optimize=True)
         browser.close()
+
+
+def thumbnail(base: Path, shown: dict[str, list[dict]]) -> Image.Image:
+    """`shown`: the pictures of each node as ComfyUI names them, by their prefix or "preview"."""
+    files = {name: [base / one["type"] / one["subfolder"] / one["filename"] for one in images]
+             for name, images in shown.items()}
+    if "preview" in files:
+        return Image.open(files["preview"][0]).convert("RGB")
+    halves = [files["before"], files["after"]]
+    return sheet(halves, len(halves[0]) // EACH, SHOWN, CELL)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 /** The loss curve of a training run as SVG. */
 
+import { element, label, polyline, svg } from "./dom.mjs";
+
 const [WIDTH, HEIGHT] = [320, 140];
 const [LEFT, TOP, RIGHT, BOTTOM] = [38, 8, 312, 108];
 const POINTS = 400;
@@ -9,7 +11,7 @@ const POINTS = 400;
  *
  * @param {number[]} losses of step 1, 2, ..
  * @param {[number, number][]} validation (step, held-out loss)
- * @returns {SVGSVGElement}
+ * @returns {HTMLElement}
  */
 export function chart(losses, validation) {
   const means = thin(runningMean(losses, Math.max(1, Math.floor(losses.length / 20))));
@@ -21,10 +23,8 @@ export function chart(losses, validation) {
   const x = (step) => LEFT + ((RIGHT - LEFT) * step) / losses.length;
   const y = (loss) =>
     Math.min(Math.max(BOTTOM - ((BOTTOM - TOP) * (loss - low)) / (high - low), TOP), BOTTOM);
-  const line = (name, points) => {
-    const path = points.map(([step, loss]) => `${x(step).toFixed(1)},${y(loss).toFixed(1)}`);
-    return svg("polyline", { class: name, points: path.join(" ") });
-  };
+  const line = (name, points) =>
+    polyline(name, points.map(([step, loss]) => [x(step), y(loss)]));
 
   const root = svg("svg", { class: "loss", viewBox: `0 0 ${WIDTH} ${HEIGHT}` });
   for (const share of [0, 0.25, 0.5, 0.75, 1]) {
@@ -44,7 +44,7 @@ export function chart(losses, validation) {
   }
   root.append(label(LEFT, HEIGHT - 5, "training loss (mean)", "start", "mean"));
   if (validation.length) root.append(label(RIGHT, HEIGHT - 5, "held-out loss", "end", "held-out"));
-  return root;
+  return element("div", "plot", root);
 }
 
 /** Mean of each value and up to `window` - 1 before it. */
@@ -61,15 +61,4 @@ function thin(values) {
   const every = Math.ceil(values.length / POINTS);
   const points = values.map((value, i) => [i + 1, value]);
   return points.filter(([step]) => step % every === 0 || step === values.length);
-}
-
-function label(x, y, text, anchor, name = "") {
-  return svg("text", { x, y, "text-anchor": anchor, class: name }, text);
-}
-
-function svg(tag, attributes, text = "") {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.textContent = text;
-  return made;
 }

@@ -1,10 +1,12 @@
-/** The report of one node: a verdict, the loss curve of a training run, the text in full. */
+/** The widget that holds a node's reports and asks for the room they need. */
 
-import { chart } from "./chart.mjs";
+import { element } from "./dom.mjs";
+import { render, verdict } from "./report.mjs";
 
 const MARGIN = 6;
-const [LINE, CHARACTER, PLOT] = [17, 6.5, 150]; // pixels, roughly
-const MOST_LINES = 10;
+// Pixels: the height of a folded report, the most that is asked for by text alone, by more than text
+// and by what the user opened, and the width for a table that the user opened.
+const [LINE, TEXT, MOST, OPENED, WIDE] = [30, 180, 260, 360, 560];
 const HINT = "Reports here after a run.";
 
 const sheet = document.createElement("link");
@@ -12,25 +14,21 @@ sheet.rel = "stylesheet";
 sheet.href = new URL("panel.css", import.meta.url).href;
 document.head.append(sheet);
 
-/**
- * @typedef {object} Report what a node sends; only the text is always there
- * @property {string} text the verdict in the first line, then details
- * @property {Record<string, unknown>} [matched] modules of an adapter by name
- * @property {Record<string, string>} [unmatched] module -> why it was not applied
- * @property {string[]} [warnings]
- * @property {number[]} [losses] training loss of each step
- * @property {[number, number][]} [validation] (step, held-out loss)
- */
-
 export class Panel {
   constructor(node) {
     this.node = node;
+    this.height = LINE;
+    /** Reports that the user opened or folded, by position. @type {Map<number, boolean>} */
+    this.chosen = new Map();
+    /** The node's size before the user opened a report, and that to go to. @type {number[] | null} */
+    this.before = this.after = null;
     this.element = element("div", "adapter-lab-report");
     // The wheel scrolls a panel that was clicked, and zooms the canvas otherwise.
-    this.element.tabIndex = 0;
     this.element.dataset.captureWheel = "true";
-    // Ctrl+C copies nodes unless the event stays here.
-    this.element.addEventListener("copy", (event) => event.stopPropagation());
+    // Ctrl+C copies nodes and the space bar pans the canvas unless the event stays here.
+    for (const kind of ["copy", "keydown", "keyup"]) {
+      this.element.addEventListener(kind, (event) => event.stopPropagation());
+    }
     const widget = node.addDOMWidget("report", "adapter_lab_report", this.element, {
       serialize: false,
       hideOnZoom: false,
@@ -42,71 +40,62 @@ export class Panel {
     this.show();
   }
 
-  /** @param {Report[]} [reports] several when the node ran on a list; none clears the panel */
+  /** @param {import("./report.mjs").Report[]} [reports] several when the node ran on a list */
   show(reports) {
-    if (!reports?.length) return this.#fill([element("div", "hint", HINT)], HINT);
-    const plots = reports.filter((one) => one.losses?.length).length;
-    const text = reports.map((one) => one.text + (one.unmatched ? "\nAll" : "")).join("\n");
-    this.#fill(reports.flatMap(parts), text, plots);
+    this.#fill((view) =>
+      reports?.length
+        ? reports.map((report, i) => this.#foldable(render(report, view), i))
+        : [element("div", "hint", HINT)],
+    );
   }
 
   /** @param {string} message of the error that ended the node's run */
   fail(message) {
-    this.#fill([verdict(message.trim(), "failed")], message.trim());
+    this.#fill(() => [verdict(message.trim(), "failed")]);
   }
 
-  /** Shows `children`, with room for `text` and `plots`. Vue lays out by CSS, the canvas is told. */
-  #fill(children, text, plots = 0) {
-    const room = (this.node.size[0] - 40) / CHARACTER;
-    const lines = text.split("\n").reduce((sum, line) => sum + Math.ceil(line.length / room), 0);
-    this.height = 10 + LINE * Math.min(lines, MOST_LINES) + PLOT * plots;
+  /** Keeps what the user chose over the next runs, and gives room back on folding. */
+  #foldable(made, i) {
+    if (made.tagName !== "DETAILS") return made;
+    made.open = this.chosen.get(i) ?? made.open;
+    made.firstChild.addEventListener("click", (event) => {
+      if (event.defaultPrevented) return;
+      this.chosen.set(i, !made.open);
+      const [width, height] = this.node.size;
+      if (made.open) {
+        this.after = this.before ?? [width, 0];
+        this.before = null;
+      } else {
+        this.before = [width, height];
+        if (made.querySelector("table")) this.node.setSize([Math.max(width, WIDE), height]);
+      }
+    });
+    return made;
+  }
+
+  #fill(content) {
+    const [view, inner] = [element("div", "view"), element("div", "reports")];
+    view.tabIndex = 0;
+    inner.append(...content(view));
+    view.append(inner);
+    this.element.replaceChildren(view);
+    new ResizeObserver(() => this.#fit(inner)).observe(inner);
+  }
+
+  /** Asks for room. Vue lays out by CSS, the canvas is told. */
+  #fit(inner) {
+    if (!inner.offsetHeight) return; // not on the screen
+    const most = inner.querySelector("svg, table, dl") ? MOST : TEXT;
+    const room = [...this.chosen.values()].includes(true) ? OPENED : most;
+    this.height = Math.max(LINE, Math.min(inner.offsetHeight, room));
     this.element.style.setProperty("--comfy-widget-min-height", `${this.height}px`);
-    this.element.replaceChildren(...children);
-    const [width, least] = this.node.computeSize();
-    if (!window.LiteGraph.vueNodesMode && this.node.size[1] < least) {
-      this.node.setSize([Math.max(width, this.node.size[0]), least]);
+    const [width, height] = this.node.computeSize();
+    const [wide, high] = this.after ?? this.node.size;
+    const grows = !window.LiteGraph.vueNodesMode && high < height;
+    if (grows || this.after) {
+      this.node.setSize([Math.max(width, wide), Math.max(height, high)]);
+      this.node.graph?.setDirtyCanvas(true, true);
     }
+    this.after = null;
   }
-}
-
-/** @param {Report} report */
-function parts(report) {
-  const [first, ...rest] = report.text.split("\n");
-  const details = rest.join("\n").trim();
-  const missed = Object.entries(report.unmatched ?? {});
-  return [
-    verdict(first, state(report, missed.length)),
-    report.losses?.length ? chart(report.losses, report.validation ?? []) : "",
-    details ? element("pre", "", details) : "",
-    missed.some(([name]) => !details.includes(name)) ? list(missed) : "",
-  ].filter(Boolean);
-}
-
-function state(report, missed) {
-  if (!report.matched) return "plain";
-  if (!Object.keys(report.matched).length) return "failed";
-  return missed || report.warnings?.length ? "partly" : "all";
-}
-
-function verdict(text, kind) {
-  return element("div", `verdict ${kind}`, text);
-}
-
-/** Every module by name, folded, where the text has them in groups. */
-function list(missed) {
-  const folded = element("details");
-  folded.append(element("summary", "", `All ${missed.length} modules that were not applied`));
-  for (const [name, reason] of missed) {
-    const row = element("div", "missed");
-    row.append(element("code", "", name), `: ${reason}`);
-    folded.append(row);
-  }
-  return folded;
-}
-
-function element(tag, name = "", text = "") {
-  const made = document.createElement(tag);
-  made.className = name;
-  made.textContent = text;
-  return made;
 }

@@ -1,0 +1,89 @@
+/** One report as elements: a line that folds and unfolds what else there is to say. */
+
+import { bars } from "./bars.mjs";
+import { chart } from "./chart.mjs";
+import { curve } from "./curve.mjs";
+import { element } from "./dom.mjs";
+import { table } from "./table.mjs";
+
+/**
+ * @typedef {object} Report what a node sends; only the text is always there
+ * @property {string} text the verdict in the first line, then details
+ * @property {string} [headline] shorter than the verdict
+ * @property {Record<string, import("./table.mjs").Match>} [matched] modules of an adapter by name
+ * @property {Record<string, string>} [unmatched] module -> why it was not applied
+ * @property {Record<string, string>} [ignored] what is no module of the adapter -> why
+ * @property {string[]} [warnings]
+ * @property {[number, number][]} [schedule] (sampling progress, strength)
+ * @property {[string, string][]} [facts] (name, value)
+ * @property {Record<string, string>} [metadata] of the file
+ * @property {[string, number][]} [norms] (block, norm of its change)
+ * @property {number[]} [losses] training loss of each step
+ * @property {[number, number][]} [validation] (step, held-out loss)
+ */
+
+/**
+ * Folded where a line says all there is to know: everything in the file is in use as it is.
+ *
+ * @param {Report} report
+ * @param {HTMLElement} view the positioned element that scrolls
+ * @returns {HTMLElement}
+ */
+export function render(report, view) {
+  const [first] = report.text.split("\n", 1);
+  const state = kind(report);
+  const body = element("div", "body", ...details(report, first, view));
+  const line = verdict(report.headline ?? first, state, body.hasChildNodes() ? "summary" : "div");
+  if (!body.hasChildNodes()) return line;
+  const made = element("details", "", line, body);
+  made.open = state !== "all" || Boolean(report.schedule ?? report.facts);
+  // Selecting the line's text must not fold it.
+  line.addEventListener("click", (event) => {
+    if (event.detail > 1 || !getSelection().isCollapsed) event.preventDefault();
+  });
+  return made;
+}
+
+/** The line alone. */
+export function verdict(text, state, tag = "div") {
+  const made = element(tag, `verdict ${state}`, element("span", "", text));
+  made.title = text;
+  return made;
+}
+
+/** @param {Report} report */
+function kind({ matched, unmatched, warnings }) {
+  if (!matched) return "plain";
+  if (!Object.keys(matched).length) return "failed";
+  return Object.keys(unmatched ?? {}).length || warnings?.length ? "partly" : "all";
+}
+
+function* details(report, first, view) {
+  const rest = report.text.slice(first.length).trim();
+  if (report.headline && report.headline !== first) yield element("p", "", first);
+  if (report.losses?.length) yield chart(report.losses, report.validation ?? []);
+  if (rest) yield text(rest);
+  if (report.facts?.length) yield facts(report.facts);
+  const metadata = Object.entries(report.metadata ?? {});
+  if (metadata.length) {
+    const heading = element("summary", "", `${metadata.length} entries of metadata`);
+    yield element("details", "", heading, facts(metadata));
+  }
+  if (report.norms?.length) yield bars(report.norms);
+  if (report.schedule?.length) yield curve(report.schedule);
+  if (report.matched) yield table(report, view);
+}
+
+function text(content) {
+  const made = element("pre");
+  for (const line of content.split("\n")) {
+    made.append(element("span", line.startsWith("Warning:") ? "warning" : "", `${line}\n`));
+  }
+  return made;
+}
+
+function facts(pairs) {
+  const made = element("dl");
+  for (const [name, value] of pairs) made.append(element("dt", "", name), element("dd", "", value));
+  return made;
+}
