@@ -19,6 +19,7 @@ _IMPLEMENTATIONS = {
     "flux-1-schnell": "https://github.com/black-forest-labs/flux",
     "wan2.1": "https://github.com/Wan-Video/Wan2.1",
 }
+SOFTWARE = "Adapter Lab"  # under ai-toolkit's key for what trained a file
 _COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
 
 
@@ -68,11 +69,12 @@ class TrainingInfo:
 
 
 def training_metadata(info: TrainingInfo) -> dict[str, str]:
-    """``ss_*`` and ``modelspec.*`` entries for an adapter of the run ``info``; all text.
+    """``ss_*``, ``modelspec.*`` and software entries for an adapter of the run ``info``; all text.
 
     What is not known (empty) is left out. The hashes are added by the writer of the file.
     """
     entries = {**_network(info), **_run(info), **_modelspec(info), **info.extra}
+    entries["software"] = json.dumps({"name": SOFTWARE})
     return {key: str(value) for key, value in entries.items() if value not in ("", None)}
 
 

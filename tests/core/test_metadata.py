@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from adapter_lab.core.files import Adapter, read_adapter, write_adapter
+from adapter_lab.core.keys.trainers import trainer
 from adapter_lab.core.metadata import TrainingInfo, training_metadata
 
 INFO = TrainingInfo(
@@ -68,6 +69,7 @@ def test_values_are_spelled_as_sd_scripts_spells_them():
         "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         "modelspec.title": "stars",
         "modelspec.resolution": "512x768",
+        "software": '{"name": "Adapter Lab"}',
     }
     date = found.pop("modelspec.date")  # 22:15:00.75 UTC, in local time
     assert re.fullmatch(r"2023-11-1[45]T\d\d:\d\d:00", date)
@@ -107,3 +109,7 @@ def test_it_survives_a_file(tmp_path):
     found = read_adapter(tmp_path / "a.safetensors").metadata
     assert metadata.items() <= found.items()
     assert found.keys() - metadata.keys() == {"sshs_model_hash", "sshs_legacy_hash"}
+
+
+def test_a_file_says_what_trained_it():
+    assert trainer(training_metadata(INFO), []) == "Adapter Lab"
