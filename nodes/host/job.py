@@ -72,8 +72,8 @@ def metadata(
     scale = job.model.get_model_object("latent_format").spacial_downscale_ratio
     height, width = (n * scale for n in max(job.dataset.buckets)[-2:])
     info = TrainingInfo(
-        base_version=arch.base_versions[0] if arch else "",
-        architecture=arch.modelspec[0] if arch else "",
+        base_version=next(iter(arch.base_versions), "") if arch else "",
+        architecture=next(iter(arch.modelspec), "") if arch else "",
         output_name=job.run.name,
         network_module="networks.lora" if is_lora else "lycoris.kohya",
         network_dim=first.rank,
