@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -209,21 +210,22 @@ class Algorithm(ABC):
         """
         factors = {name: t for name, t in tensors.items() if cls.owns(name)}
         for name, t in factors.items():
-            found = f"{name} of shape {tuple(t.shape)}"
             if t.ndim < dims:
-                what = "a matrix" if dims == 2 else f"of {dims} axes"
-                raise AdapterLabError(f"A factor of {cls.title} is not {what}", found=found)
-            if not t.is_floating_point():
-                found = f"{found} and {str(t.dtype).removeprefix('torch.')}"
-                raise AdapterLabError(f"A factor of {cls.title} holds no real numbers", found=found)
-            if not t.numel():
-                expected = "a rank of 1 or more"
-                raise AdapterLabError(
-                    f"A factor of {cls.title} is empty", found=found, expected=expected
-                )
+                what = "is not a matrix" if dims == 2 else f"is not of {dims} axes"
+            elif not t.is_floating_point():
+                what = "holds no real numbers"
+            elif not t.numel():
+                what = "is empty, of rank 0 or no size"
+            else:
+                continue
+            raise AdapterLabError(
+                f"A factor of {cls.title} {what}",
+                found=f"{name}, {str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}",
+            )
         return factors
 
     @classmethod
+    @lru_cache(1 << 10)
     def owns(cls, suffix: str) -> bool:
         """Whether a tensor of this name is one of its factors."""
         return suffix in cls.suffixes or numbered(suffix) in cls.suffixes
