@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .adapters import merge_all
 from .archs import ArchSpec
 from .errors import AdapterLabError
 from .keys import Entry, Report, resolve
@@ -17,18 +18,18 @@ _SCALES = ("weight_scale", "scale_weight", "comfy_quant")
 
 
 def apply(weight: Tensor, entries: Iterable[Entry], strength: float = 1.0) -> Tensor:
-    """W'(m) of every entry, in place, each on its own range of the weight.
+    """W'(m) of every entry, each on its own range of the weight.
 
     Args:
         weight: float32 (out, in, *k), overwritten. entries: all of this one weight.
-        strength: m.
+        strength: m; 0 leaves the weight as it is.
+
+    Returns:
+        ``weight``, or a larger one where an adapter asks for that.
     """
-    for entry in entries if strength else ():
-        part = weight if entry.slice is None else weight.narrow(*entry.slice)
-        merged = entry.algorithm.at(strength).merge(part)
-        if entry.slice is None:
-            weight = merged  # of another shape where the adapter asks for one
-    return weight
+    if not strength:
+        return weight
+    return merge_all(weight, ((entry.slice, entry.algorithm.at(strength)) for entry in entries))
 
 
 def merge_into(
@@ -76,13 +77,14 @@ def _settled(entry: Entry, weights: Mapping[str, Tensor]) -> Entry:
 
 
 def _refuse_scaled(weights: Mapping[str, Tensor], key: str) -> None:
-    """A quantised weight means nothing without the scale beside it."""
-    stem = key.removesuffix("weight")
-    scales = [name for s in _SCALES if (name := stem + s) in weights]
-    if scales and key.endswith(".weight"):
+    """A quantised weight means nothing without the scale beside it, integers without their code."""
+    stem, is_weight = key.removesuffix("weight"), key.endswith(".weight")
+    scales = [name for s in _SCALES if (name := stem + s) in weights] if is_weight else []
+    if scales or not weights[key].is_floating_point():
+        dtype = str(weights[key].dtype).removeprefix("torch.")
         raise AdapterLabError(
             f"'{key}' is quantised",
-            found=f"{str(weights[key].dtype).removeprefix('torch.')} with '{scales[0]}'",
+            found=f"{dtype} with '{scales[0]}'" if scales else dtype,
             expected="bf16, fp16 or fp32 weights",
             fix="Merge into the unquantised model",
         )

@@ -18,8 +18,8 @@ from .header import DTYPES, Header, TensorInfo, layout
 from .streams import PathLike, Reader, raw, read_header, stream, write_stream
 
 __all__ = [
-    "Adapter", "Header", "Reader", "TensorInfo", "is_finite", "layout", "read_adapter",
-    "read_header", "stream", "write_adapter", "write_stream",
+    "Adapter", "Header", "Reader", "TensorInfo", "config_beside", "is_finite", "layout",
+    "read_adapter", "read_header", "stream", "write_adapter", "write_stream",
 ]  # fmt: skip
 
 # itemsize and bit pattern of infinity: every pattern at or above it, sign apart, is inf or NaN.
@@ -97,7 +97,7 @@ def read_adapter(path: PathLike, config: PathLike | Mapping[str, Any] | None = N
     path = os.fspath(path)
     with Reader(path) as reader:
         tensors = _read_all(reader)
-    source = _config_beside(path) if config is None else config
+    source = config_beside(path) if config is None else config
     if source is not None:
         source = dict(source) if isinstance(source, Mapping) else _read_config(source)
     return Adapter(tensors, reader.header.metadata, source, os.path.basename(path))
@@ -180,7 +180,8 @@ def write_adapter(
     return write_stream(path, infos, in_order, metadata, overwrite=overwrite)
 
 
-def _config_beside(path: str) -> str | None:
+def config_beside(path: str) -> str | None:
+    """Path of the config that :func:`read_adapter` takes for the file ``path``; None for none."""
     folder, file = os.path.split(path)
     config = os.path.join(folder, "adapter_config.json")
     if not os.path.isfile(config):

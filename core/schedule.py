@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from .errors import AdapterLabError
 
-_EXAMPLE = "strengths at points from 0 (first step) to 1 (last step), such as '0@0, 1@0.3, 0.2@1'"
+_EXAMPLE = (
+    "strengths at points from 0 (pure noise) to 1 (finished picture), such as '0@0, 1@0.3, 0.2@1'"
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Schedule:
 
     def at(self, progress: float) -> float:
         """The strength at ``progress``, 0 at the start of sampling and 1 at its end."""
+        if len(self.points) == 1:  # torch.compile cannot follow a bisection
+            return self.points[0][1]
         after = bisect_right(self.points, progress, key=lambda point: point[0])
         if after in (0, len(self.points)):
             return self.points[max(after - 1, 0)][1]

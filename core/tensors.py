@@ -36,10 +36,21 @@ class Op:
 
 
 def wide(factor: Tensor, like: Tensor) -> Tensor:
-    """``factor`` in float32 (float64 stays) on the device of ``like``."""
-    # torch.promote_types refuses the float8 types.
-    dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
-    return factor.to(like.device, dtype)
+    """``factor`` on the device of ``like``, in float64 beside float64 and else in float32.
+
+    All factors of a module meet in one dtype so, whatever dtypes a file has them in.
+    """
+    return factor.to(like.device, wide_dtype(like))
+
+
+def wide_dtype(like: Tensor) -> torch.dtype:
+    """What to compute in beside ``like``."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """``factor`` times ``tensor`` in its own dtype, rounded once; itself for a factor of 1."""
+    return tensor if factor == 1 else (wide(tensor, tensor) * factor).to(tensor.dtype)
 
 
 def factorization(n: int, factor: int = -1) -> tuple[int, int]:

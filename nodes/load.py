@@ -48,9 +48,9 @@ def _strength_inputs() -> list[Any]:
             "mode",
             options=list(MODES),
             default="auto",
-            tooltip="merge: add the adapter to the weights when the model is loaded, no cost while "
-            "sampling. bypass: leave the weights as they are and add its effect to what the "
-            "layers give, exact on quantised models. auto: bypass where the model is quantised "
+            tooltip="merge: add the adapter to the weights when the model is loaded, no cost once "
+            "they are on the GPU. bypass: leave the weights as they are and add its effect to what "
+            "the layers give, exact on quantised models. auto: bypass where the model is quantised "
             "or the schedule changes, else merge; the report says which.",
         ),
         io.Combo.Input(
@@ -137,8 +137,8 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str, **_: Any) -> tuple[int, int]:
-        return paths.stamp(paths.adapter_path(adapter_name))
+    def fingerprint_inputs(cls, adapter_name: str, **_: Any) -> tuple[int, ...]:
+        return paths.adapter_stamp(adapter_name)
 
     @classmethod
     def execute(
@@ -177,8 +177,8 @@ class AdapterFile(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str) -> tuple[int, int]:
-        return paths.stamp(paths.adapter_path(adapter_name))
+    def fingerprint_inputs(cls, adapter_name: str) -> tuple[int, ...]:
+        return paths.adapter_stamp(adapter_name)
 
     @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:

@@ -19,13 +19,16 @@ def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) 
     """Training loss and held-out loss against the step as an IMAGE, (1, h, w, 3) in [0, 1].
 
     The training loss is drawn faintly, its running mean strongly: single batches scatter by more
-    than a whole run improves.
+    than a whole run improves. Losses that are not finite are left out.
     """
+    known = [point for point in enumerate(losses, 1) if math.isfinite(point[1])]
+    validation = [point for point in validation if math.isfinite(point[1])]
     image, draw = _canvas()
     left, top, right, bottom = MARGIN[0], MARGIN[1], SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
-    smooth = _running_mean(losses)
+    means = _running_mean([loss for _, loss in known])
+    smooth = [(step, mean) for (step, _), mean in zip(known, means, strict=True)]
     # The range of what is to be read; outliers of single batches may leave the picture.
-    shown = [*smooth, *(loss for _, loss in validation)] or [0.0, 1.0]
+    shown = [loss for _, loss in (*smooth, *validation)] or [0.0, 1.0]
     pad = 0.15 * (max(shown) - min(shown)) or 0.1 * abs(shown[0]) or 1.0
     low, high = max(min(shown) - pad, 0.0), max(shown) + pad
     steps = max(len(losses), 1)
@@ -43,8 +46,8 @@ def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) 
         draw.text((left - 6, y), f"{value:.3f}", fill=INK, anchor="rm", font=font)
         step = round(steps * i / 4)
         draw.text((at(step, low)[0], bottom + 8), str(step), fill=INK, anchor="mt", font=font)
-    for values, colour, width in ((losses, FAINT, 1), (smooth, LINE, 2)):
-        points = [at(i + 1, loss) for i, loss in enumerate(values)]
+    for values, colour, width in ((known, FAINT, 1), (smooth, LINE, 2)):
+        points = [at(step, loss) for step, loss in values]
         if len(points) > 1:
             draw.line(points, fill=colour, width=width, joint="curve")
     marks = [at(step, loss) for step, loss in validation]
@@ -66,6 +69,7 @@ def block_plot(norms: Sequence[tuple[str, float]]) -> Tensor:
         norms: (block, norm) in the order of the model; runs of blocks that differ only in their
             number ("double_blocks.0", "double_blocks.1") share a colour and a caption.
     """
+    norms = [("".join(c if c.isprintable() else "?" for c in name), n) for name, n in norms]
     image, draw = _canvas()
     left, top, right, bottom = MARGIN[0], MARGIN[1] + 14, SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
     font, small = ImageFont.load_default(12), ImageFont.load_default(10)

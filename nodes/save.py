@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..core.archs import ARCHITECTURES
 from ..core.errors import AdapterLabError
 from ..core.files import Adapter, write_adapter
 from ..core.keys import convert
 from .host import paths
 from .types import CATEGORY, adapter_input, panel
 
+AUTO = "auto"
 KEY_FORMATS = ("comfyui", "kohya", "diffusers", "lycoris", "musubi")
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -27,6 +29,11 @@ def _metadata(text: str) -> dict[str, str]:
     if not isinstance(table, dict):
         raise AdapterLabError("The metadata is no JSON object", expected='{"name": "value"}')
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in table.items()}
+
+
+def _architectures() -> dict[str, str]:
+    """Title -> id of every diffusion model."""
+    return {spec.title: spec.id for spec in ARCHITECTURES.values() if "model" in spec.parts}
 
 
 def _inputs() -> list[Any]:
@@ -60,6 +67,14 @@ def _inputs() -> list[Any]:
             tooltip='More metadata as JSON, such as {"modelspec.author": "me"}. It is added '
             "to what the adapter has.",
         ),
+        io.Combo.Input(
+            "architecture",
+            options=[AUTO, *_architectures()],
+            default=AUTO,
+            optional=True,
+            advanced=True,
+            tooltip="The model that the adapter is for. auto: by its metadata, names and sizes.",
+        ),
     ]
 
 
@@ -85,10 +100,12 @@ class SaveAdapter(io.ComfyNode):
         key_format: str,
         dtype: str,
         metadata: str = "",
+        architecture: str = AUTO,
     ) -> io.NodeOutput:
         if not adapter:
             raise AdapterLabError("The adapter is empty", found="no tensors")
-        written = convert(Adapter.of(adapter), key_format).cast(DTYPES[dtype])
+        spec = _architectures().get(architecture)
+        written = convert(Adapter.of(adapter), key_format, spec).cast(DTYPES[dtype])
         written.metadata.update(_metadata(metadata))
         path = paths.numbered(filename_prefix, "loras")
         write_adapter(path, written, overwrite=False)

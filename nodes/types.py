@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -32,7 +33,16 @@ def report_output(tooltip: str = "What matched, what did not and why, as text.")
 
 def panel(text: str, data: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """UI output: ``text`` for any client, ``data`` for the panel drawn on the node."""
-    return {"text": [text], "adapter_lab": [{"text": text, **(data or {})}], **more}
+    return {"text": [text], "adapter_lab": [{"text": text, **_plain(data or {})}], **more}
+
+
+def _plain(data: Any) -> Any:
+    """``data`` with None for what is no finite number, which JSON has no word for."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    return [_plain(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def lines(text: str) -> tuple[str, ...]:

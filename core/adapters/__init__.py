@@ -7,13 +7,14 @@ from functools import lru_cache
 
 from ..errors import AdapterLabError
 from ..registry import Registry
-from .base import AdapterConfig, Algorithm, Tensors, numbered
+from .base import AdapterConfig, Algorithm, Tensors, read_number
+from .merging import merge_all, merge_part
 from .ordered import Ordered
 from .wrapper import Wrapper
 
 __all__ = [
     "ALGORITHMS", "WRAPPERS", "AdapterConfig", "Algorithm", "Ordered", "Tensors", "Wrapper",
-    "is_known", "load", "load_parts", "suffixes",
+    "load", "load_parts", "merge_all", "merge_part", "suffixes",
 ]  # fmt: skip
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm")
@@ -50,7 +51,8 @@ def load_parts(tensors: Tensors, scale: float | None = None) -> dict[str, Algori
     """Parameter ("weight", "bias") -> what ``tensors`` of one module do to it.
 
     Raises:
-        AdapterLabError: malformed tensors, or tensors of two algorithms.
+        AdapterLabError: malformed tensors, tensors of two algorithms, or nothing that a ``scalar``
+            or the tensors of a wrapper could act on, beside a bias.
     """
     parts: dict[str, Algorithm] = {}
     for algorithm in _owners(tuple(tensors)):
@@ -68,6 +70,11 @@ def load_parts(tensors: Tensors, scale: float | None = None) -> dict[str, Algori
             if "bias" in parts:
                 raise AdapterLabError("Two biases on one module", found=", ".join(tensors))
             parts["bias"] = bias
+    elif parts:
+        asking = {SCALAR, *(suffix for w in WRAPPERS.values() for suffix in w.suffixes)}
+        lone = [suffix for suffix in tensors if suffix in asking]
+        if lone:
+            raise AdapterLabError(f"'{lone[0]}' has no factors", found=", ".join(tensors))
     return parts
 
 
@@ -79,10 +86,7 @@ def _owners(names: tuple[str, ...]) -> tuple[type[Algorithm], ...]:
 
 def _wrapped(algorithm: Algorithm, tensors: Tensors) -> Algorithm:
     if SCALAR in tensors:
-        if tensors[SCALAR].numel() != 1:
-            found = f"a tensor of shape {tuple(tensors[SCALAR].shape)}"
-            raise AdapterLabError("scalar is not a number", found=found)
-        algorithm = algorithm.at(float(tensors[SCALAR].item()))
+        algorithm = algorithm.at(read_number(tensors, SCALAR, 1.0))
     for wrapper in WRAPPERS.values():
         if any(suffix in tensors for suffix in wrapper.suffixes):
             algorithm = wrapper.wrap(algorithm, tensors)
@@ -93,9 +97,3 @@ def suffixes() -> list[str]:
     """Every canonical suffix that some algorithm or wrapper knows; ``*`` stands for one name."""
     owners = (*ALGORITHMS.values(), *WRAPPERS.values())
     return [*dict.fromkeys(s for owner in owners for s in owner.suffixes), SCALAR, "alpha"]
-
-
-def is_known(suffix: str) -> bool:
-    """Whether some algorithm or wrapper knows a tensor of this name."""
-    known = suffixes()
-    return suffix in known or numbered(suffix) in known

@@ -3,7 +3,7 @@
     W'(m) = W + dW(m)        m: the user's strength; m * dW for all that is additive
 
 Weights are ``(out, in, *k)``, of a grouped convolution ``(out, in / groups, *k)``. Factors may be
-stored in any dtype; a delta is computed in float32.
+stored in any dtype; a delta is computed in float32, in float64 for a weight in float64.
 """
 
 from __future__ import annotations
@@ -118,10 +118,13 @@ class Algorithm(ABC):
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
-        """dW, float32, in the shape and on the device of ``weight``."""
+        """dW in the shape and on the device of ``weight``; float64 if it is, else float32."""
 
     def merge(self, weight: Tensor) -> Tensor:
-        """W + dW in the place of ``weight``, float32; overridden where it saves a dense dW."""
+        """W + dW in the place of ``weight``, float32 or float64, which is returned.
+
+        Overridden where it saves a dense dW.
+        """
         return weight.add_(self.delta(weight))
 
     def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
@@ -150,7 +153,10 @@ class Algorithm(ABC):
         return scaled
 
     def on(self, tensors: Tensors) -> Self:
-        """The same algorithm with its factors replaced, by others of the same names and shapes."""
+        """The same algorithm and scale with other factors, of the names that its own have.
+
+        They may have moved, or be parts of them; what was worked out from the old ones is not kept.
+        """
         moved = copy(self)
         moved.tensors = dict(tensors)
         return moved
@@ -159,7 +165,8 @@ class Algorithm(ABC):
         """The same for the layer that has this weight, ready for use again and again.
 
         What takes only the weight and the factors to know is worked out: a decomposition, finished
-        rotations. What acts on a bias but depends on the weight beside it learns it here.
+        rotations, lengths. What acts on a bias but depends on the weight beside it learns it here.
+        Its factors may have other names then.
         """
         return self
 
@@ -194,6 +201,10 @@ class Algorithm(ABC):
 
     def misfit(self, shape: Shape) -> str | None:
         """Why the delta cannot be added to a weight of ``shape``; None when it can."""
+        return f"the weight is empty, {tuple(shape)}" if 0 in shape else self.mismatch(shape)
+
+    def mismatch(self, shape: Shape) -> str | None:
+        """:meth:`misfit` for a weight that is not empty; the half that algorithms override."""
         mine, given = tuple(self.shape), tuple(shape)
         # A linear layer is a 1 x 1 convolution, a 2-D kernel is a 3-D one of length 1.
         same = mine == given or (len(mine) != len(given) and _squeezed(mine) == _squeezed(given))
@@ -260,20 +271,33 @@ def read_scale(tensors: Tensors, rank: int, scale: float | None) -> float:
     """s = alpha / rank; ``scale`` from outside wins; a missing alpha means 1.
 
     Raises:
-        AdapterLabError: rank 0, or an alpha of several values or not finite.
+        AdapterLabError: rank 0, or an alpha that is no finite number.
     """
     if rank < 1:
         raise AdapterLabError("The rank is 0", expected="factors with at least one rank channel")
-    alpha = tensors.get("alpha")
-    if scale is not None or alpha is None:
-        return 1.0 if scale is None else scale
-    if alpha.numel() != 1:
+    if scale is not None:
+        return scale
+    return read_number(tensors, "alpha", rank) / rank
+
+
+def read_number(tensors: Tensors, name: str, default: float, *, finite: bool = True) -> float:
+    """The number that the tensor ``name`` holds; ``default`` without it.
+
+    Raises:
+        AdapterLabError: it has several values or none, or one that is complex, NaN or, unless
+            ``finite`` is off, infinite.
+    """
+    tensor = tensors.get(name)
+    if tensor is None:
+        return default
+    if tensor.numel() != 1 or tensor.is_complex():
+        dtype = str(tensor.dtype).removeprefix("torch.")
         raise AdapterLabError(
-            "alpha is not a number",
-            found=f"a tensor of shape {tuple(alpha.shape)}",
+            f"{name} is not a number",
+            found=f"a tensor of shape {tuple(tensor.shape)}, {dtype}",
             expected="one value",
         )
-    value = float(alpha.item())
-    if not math.isfinite(value):
-        raise AdapterLabError("alpha is not finite", found=str(value))
-    return value / rank
+    value = float(tensor.item())
+    if math.isnan(value) or (finite and math.isinf(value)):
+        raise AdapterLabError(f"{name} is not finite", found=str(value))
+    return value

@@ -9,7 +9,7 @@ from typing_extensions import Self
 from ..errors import AdapterLabError
 from ..orthogonal import Blocks, Butterfly, eye
 from .base import AdapterConfig, Shape, Tensors
-from .oft import BLOCKS, DIAG, OFT, read_constraint, trained
+from .oft import BLOCKS, DIAG, OFT, read_constraint
 from .rotation import check_blocks
 
 
@@ -35,6 +35,9 @@ class BOFT(OFT):
         if blocks is None or blocks.ndim != 4:
             return None
         check_butterfly(cls.title, blocks)
+        if blocks.shape[-1] % 2:
+            found = f"{blocks.shape[-1]} rows"
+            raise AdapterLabError(f"{cls.title} blocks have no halves", found=found)
         return cls(factors, constraint=read_constraint(tensors))
 
     @classmethod
@@ -60,9 +63,6 @@ class BOFT(OFT):
     @property
     def size(self) -> int:
         return self._blocks.shape[1] * self.rank
-
-    def changes(self, like: Tensor) -> list[Tensor]:
-        return [trained(self.tensors, self.constraint * self.size, like)]
 
     def turn(self, changes: list[Tensor], size: int) -> Blocks | Butterfly:
         return butterfly(_halves_apart(changes[0]))

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import Op
+from ..tensors import Op, wide_dtype
 from .base import Algorithm, Shape, Tensors
 from .wrapper import Wrapper
 
@@ -31,15 +31,18 @@ class DoRA(Wrapper):
         tensors: ``dora_scale`` alone, of as many axes as the weight.
         axis: 0 output, 1 input.
 
+    Attributes:
+        gain: g, once it is settled for a weight.
+
     Reference: Liu et al. 2024, "DoRA", equation 5; axes: LyCORIS, ``wd_on_output``.
     """
 
     suffixes = (SCALE, MAGNITUDE)
-    reads_weight = True
 
     def __init__(self, inner: Algorithm, tensors: Tensors, axis: int) -> None:
         super().__init__(inner, tensors)
         self.axis, self.strength = axis, 1.0
+        self.gain: Tensor | None = None
 
     @classmethod
     def wrap(cls, inner: Algorithm, tensors: Tensors) -> Self:
@@ -60,6 +63,14 @@ class DoRA(Wrapper):
         return cls(inner, {SCALE: lengths.reshape(units)}, axis)
 
     @property
+    def reads_weight(self) -> bool:
+        return True
+
+    @property
+    def reads_output(self) -> bool:
+        return self.gain is not None and not self.axis and self.inner.reads_output
+
+    @property
     def whole(self) -> str:
         return "DoRA on inputs takes norms over all rows" if self.axis else self.inner.whole
 
@@ -67,16 +78,31 @@ class DoRA(Wrapper):
     def traits(self) -> tuple[str, ...]:
         return (*self.inner.traits, "DoRA on inputs" if self.axis else "DoRA")
 
-    def misfit(self, shape: Shape) -> str | None:
+    def mismatch(self, shape: Shape) -> str | None:
         lengths, given = self.tensors[SCALE].numel(), tuple(shape)
         if len(given) <= self.axis or lengths != given[self.axis]:
             return f"its DoRA has {lengths} lengths, the weight is {given}"
-        return self.inner.misfit(shape)
+        return self.inner.mismatch(shape)
 
     def at(self, strength: float) -> Self:
         other = self._around(self.inner)
         other.strength = self.strength * strength
         return other
+
+    def on(self, tensors: Tensors) -> Self:
+        moved = super().on(tensors)
+        moved.gain = None
+        return moved
+
+    def settled(self, weight: Tensor) -> Self:
+        other = self._around(self.inner.settled(weight))
+        other.gain = other._gain(other._sum(weight))
+        return other
+
+    def state(self) -> dict[str, Tensor]:
+        if self.strength != 1:
+            raise AdapterLabError("DoRA has no strength that a file could hold")
+        return super().state()
 
     def delta(self, weight: Tensor) -> Tensor:
         return self._turned(weight).sub_(weight).mul_(self.strength)
@@ -90,7 +116,8 @@ class DoRA(Wrapper):
     def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
         """m ((g - 1) f(x) + g h(x)) with h of ``inner``; on inputs g scales x instead."""
         y = op(x, weight.to(x)) if y is None else y
-        gain = self._gain(self._sum(weight)).flatten()
+        gain = self._gain(self._sum(weight)) if self.gain is None else self.gain
+        gain = gain.to(x.device).flatten()
         if self.axis:
             scaled = x * _channels(gain.repeat(op.groups), op).to(x)
             turned = op(scaled, weight.to(x)) + self.inner.bypass(scaled, op, weight)
@@ -101,8 +128,8 @@ class DoRA(Wrapper):
 
     def _sum(self, weight: Tensor) -> Tensor:
         """V, in memory of its own."""
-        copied = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return self.inner.merge(copied)
+        dtype, layout = wide_dtype(weight), torch.contiguous_format
+        return self.inner.merge(weight.to(dtype, copy=True, memory_format=layout))
 
     def _turned(self, weight: Tensor) -> Tensor:
         """V', in memory of its own."""

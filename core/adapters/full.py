@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import wide
+from ..tensors import scaled, wide
 from .base import AdapterConfig, Algorithm, Shape, Tensors
 
 
@@ -46,9 +46,7 @@ class Full(Algorithm):
         return weight.add_(self._like(weight), alpha=self.scale)
 
     def state(self) -> dict[str, Tensor]:
-        if self.scale == 1:
-            return dict(self.tensors)
-        return {name: (wide(t, t) * self.scale).to(t.dtype) for name, t in self.tensors.items()}
+        return {name: scaled(t, self.scale) for name, t in self.tensors.items()}
 
     def _like(self, weight: Tensor) -> Tensor:
         return wide(self._tensor, weight).reshape(weight.shape)

@@ -56,9 +56,9 @@ class GLoKr(Algorithm):
         ranks = {path.rank for path in (a, b) if not path.full}
         if len(ranks) > 1:
             raise AdapterLabError("The two paths differ in rank", found=f"{sorted(ranks)}")
-        (rows, width), (_, columns, *k) = a.shape, b.shape
+        (rows, width, *more), (_, columns, *k) = a.shape, b.shape
         # Two low-rank factors of B2 hide the kernel: d * prod(k).
-        if rows != width or (columns != width if k else columns % width):
+        if more or rows != width or (columns != width if k else columns % width):
             found = f"A {a.shape}, B {b.shape}"
             raise AdapterLabError("The paths do not fit together", found=found)
         return cls(factors, a, b)
@@ -92,9 +92,9 @@ class GLoKr(Algorithm):
     def shape(self) -> tuple[int, ...]:
         return self.b.shape
 
-    def misfit(self, shape: Shape) -> str | None:
-        misfit, width = super().misfit(shape), self.a.shape[1]
-        if misfit is None and shape[1] != width:
+    def mismatch(self, shape: Shape) -> str | None:
+        misfit, width = super().mismatch(shape), self.a.shape[1]
+        if misfit is None and tuple(shape[1:2]) != (width,):
             return f"it acts on {width} input channels, the weight is {tuple(shape)}"
         return misfit
 

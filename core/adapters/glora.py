@@ -85,9 +85,9 @@ class GLoRA(Algorithm):
         *_, up, down = (self.tensors[name] for name in self._names)
         return (len(up), *down.shape[1:])
 
-    def misfit(self, shape: Shape) -> str | None:
-        misfit, width = super().misfit(shape), self.shape[1]
-        if misfit is None and shape[1] != width:
+    def mismatch(self, shape: Shape) -> str | None:
+        misfit, width = super().mismatch(shape), self.shape[1]
+        if misfit is None and tuple(shape[1:2]) != (width,):
             return f"it acts on {width} input channels, the weight is {tuple(shape)}"
         return misfit
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import wide
+from ..tensors import scaled, wide
 from .base import Algorithm, Shape, Tensors, check_product, require
 from .wrapper import Wrapper
 
@@ -67,20 +67,31 @@ class PeftGLoRA(Algorithm):
 
     @property
     def bias(self) -> Algorithm | None:
-        changed = any(self.tensors[name].any() for path in "CDE" for name in self._of(path))
-        return BiasPaths(self) if changed else None
+        on = {name: self.tensors[name] for path in "CDE" for name in self._of(path)}
+        changed = any(t.any() for t in on.values())
+        return BiasPaths(PeftGLoRA(on, self.scale)) if changed else None
 
-    def misfit(self, shape: Shape) -> str | None:
+    def mismatch(self, shape: Shape) -> str | None:
+        found = f"the weight is {tuple(shape)}"
+        if len(shape) < 2:
+            return f"its delta is {self.shape}, {found}"
+        channels = max((len(self.tensors[name]) for name in self._of("C")[:1]), default=1)
+        if channels not in (1, shape[1]):
+            return f"its path to the bias is from {channels} input channels, {found}"
         sizes = [_size(self.tensors, path) or (0, 0) for path in "AB"]
-        given = (*shape[:2], math.prod(shape[2:])) if len(shape) > 1 else (0, 0, 1)
+        given = (*shape[:2], math.prod(shape[2:]))
         if any(n not in (0, m) for size in sizes for n, m in zip((*size, 1), given, strict=True)):
-            return f"its delta is {self.shape}, the weight is {tuple(shape)}"
+            return f"its delta is {self.shape}, {found}"
         return None
 
     def delta(self, weight: Tensor) -> Tensor:
-        w = wide(weight, weight).reshape(weight.shape[:2])
-        dense = w * (self._path("A", weight) * self.scale) + self._path("B", weight) * self.scale
-        return dense.reshape(weight.shape)
+        dense = wide(weight, weight) * self._along("A", weight)
+        return dense.add_(self._along("B", weight))
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """One dense matrix at a time."""
+        weight.addcmul_(weight, self._along("A", weight))
+        return weight.add_(self._along("B", weight))
 
     def bias_delta(self, bias: Tensor) -> Tensor:
         """s (b o D + E), (out,), float32."""
@@ -99,9 +110,14 @@ class PeftGLoRA(Algorithm):
             return dict(self.tensors)
         once = ("Xd", "X")
         return {
-            name: (wide(t, t) * self.scale).to(t.dtype) if name.endswith(once) else t
+            name: scaled(t, self.scale) if name.endswith(once) else t
             for name, t in self.tensors.items()
         }
+
+    def _along(self, path: str, weight: Tensor) -> Tensor:
+        """s times path A or B, in a shape that broadcasts with ``weight``."""
+        given = self._path(path, weight) * self.scale
+        return given if given.ndim < 2 else given.reshape(*given.shape, *(1,) * (weight.ndim - 2))
 
     def _path(self, path: str, like: Tensor) -> Tensor:
         """What the path stands for, wide, in a shape that broadcasts."""
@@ -111,18 +127,13 @@ class PeftGLoRA(Algorithm):
         return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
     def _of(self, path: str) -> list[str]:
-        names = (f"glora_{path}.{kind}" for kind in _KINDS)
+        """Names of its factors; none of a path that is off."""
+        names = (f"glora_{path}.{kind}" for kind in _KINDS if kind != "zeros")
         return [name for name in names if name in self.tensors]
 
 
 class BiasPaths(Wrapper):
     """D and E of ``inner``, on the bias, (out,); with C once it is settled beside its weight."""
-
-    reads_weight = True
-
-    @classmethod
-    def wrap(cls, inner: Algorithm, tensors: Tensors) -> Self:
-        raise NotImplementedError  # No tensor of a file asks for it.
 
     @property
     def reads_output(self) -> bool:
@@ -136,7 +147,7 @@ class BiasPaths(Wrapper):
         assert isinstance(self.inner, PeftGLoRA)
         return self.inner.bias_delta(weight)
 
-    def misfit(self, shape: Shape) -> str | None:
+    def mismatch(self, shape: Shape) -> str | None:
         longest = max((len(t) for name, t in self.tensors.items() if name[6] in "DE"), default=1)
         fits = len(shape) == 1 and longest in (1, shape[0])
         return None if fits else f"its bias is ({longest},), the layer's is {tuple(shape)}"
@@ -156,7 +167,7 @@ def _check(factors: Tensors, path: str) -> None:
     fits = {
         "Xd": first.ndim == last.ndim == 2 and first.shape[1] == len(last),
         "X": tuple(first.shape[1:]) == (1,) or tuple(first.shape) == (1,),
-        "zeros": True,
+        "zeros": first.ndim == 2 or path not in "AB",
     }[given[0]]
     if path in "DE":
         fits = given[0] != "Xd" and first.ndim == 1

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ..errors import AdapterLabError
 from ..orthogonal import exact, reflections
 from ..tensors import Op, low_rank, wide
-from .base import Algorithm, Shape, Tensors, read_scale, require
+from .base import Algorithm, Shape, Tensors, read_number, require
 from .lora import DOWN, UP, LoRA
 
 VECTORS, STRENGTH = "hra_u", "hra_strength"
@@ -56,8 +56,7 @@ class HRA(Algorithm):
         if vectors.ndim != 2:
             found = f"a tensor of shape {tuple(vectors.shape)}"
             raise AdapterLabError(f"{VECTORS} is not a matrix", found=found)
-        strength = {"alpha": factors[STRENGTH]} if STRENGTH in factors else {}
-        return cls({VECTORS: vectors}, read_scale(strength, 1, None))
+        return cls({VECTORS: vectors}, read_number(factors, STRENGTH, 1.0))
 
     def configured(self, config: Mapping[str, Any]) -> Self:
         """Under peft's ``apply_GS``."""
@@ -78,7 +77,7 @@ class HRA(Algorithm):
     def alpha(self) -> float:
         return 0.0
 
-    def misfit(self, shape: Shape) -> str | None:
+    def mismatch(self, shape: Shape) -> str | None:
         (columns,) = self.shape
         if len(shape) < 2 or math.prod(shape[1:]) != columns:
             return f"it reflects {columns} columns, the weight is {tuple(shape)}"

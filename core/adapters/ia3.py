@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import Op, wide
+from ..tensors import Op, scaled, wide
 from .base import AdapterConfig, Algorithm, Shape, Tensors, require
 
 WEIGHT, ON_INPUT = "weight", "on_input"
@@ -56,8 +56,8 @@ class ChannelScale(Algorithm):
             return op(x * v, weight.to(x))
         return (op(x, weight.to(x)) if y is None else y) * v
 
-    def misfit(self, shape: Shape) -> str | None:
-        n, axis = self.vector.numel(), self.axis(shape)
+    def mismatch(self, shape: Shape) -> str | None:
+        n, axis = self.vector.numel(), self.axis(shape) if shape else 0
         groups, rest = divmod(n, shape[1]) if axis and len(shape) > 2 else (1, 0)
         fits = axis < len(shape) and not rest and groups > 0 and not shape[0] % groups
         if fits and n == groups * shape[axis]:
@@ -136,9 +136,7 @@ class IA3(ChannelScale):
         return not self._axis
 
     def state(self) -> dict[str, Tensor]:
-        w = self.vector
-        scaled = w if self.scale == 1 else (wide(w, w) * self.scale).to(w.dtype)
-        return {**self.tensors, WEIGHT: scaled}
+        return {**self.tensors, WEIGHT: scaled(self.vector, self.scale)}
 
 
 def check_vector(factors: Tensors, name: str) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
 from ..tensors import wide
 from .base import Algorithm, Shape, Tensors
-from .ia3 import ChannelScale, check_vector
+from .ia3 import ON_INPUT, WEIGHT, ChannelScale, check_vector
 from .wrapper import Wrapper
 
 L = "ia3_l"
@@ -25,7 +26,8 @@ class PeftIA3(ChannelScale):
     ``ia3_l`` is (out, 1) for the outputs of a linear layer, (1, in) for its inputs, and (1, n, 1,
     ..) for either side of a convolution, where the channels of the weight tell which. Where it has
     as many of both, ``feedforward_modules`` of peft's config names the layers whose input is
-    meant; without a config the output is.
+    meant; without a config the output is. Inputs that only a config tells are saved as (IA)^3 of
+    LyCORIS, which can say so.
 
     Reference: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper
     than In-Context Learning", section 3.3.
@@ -37,8 +39,7 @@ class PeftIA3(ChannelScale):
 
     def __init__(self, tensors: Tensors, scale: float = 1.0) -> None:
         super().__init__(tensors, scale)
-        rows, columns, *k = tensors[L].shape
-        self._axis = None if k or rows == columns else int(rows == 1)
+        self._axis = _side(tensors[L])
 
     @classmethod
     def load(cls, tensors: Tensors, scale: float | None = None) -> Self | None:
@@ -53,23 +54,13 @@ class PeftIA3(ChannelScale):
         module, in ``config`` as ``module``, may end with, or a regex of the whole path.
 
         Raises:
-            AdapterLabError: it is no regex.
+            AdapterLabError: it is neither, or no regex.
         """
         listed, path = config.get("feedforward_modules"), str(config.get("module", ""))
         if self._axis is not None or listed is None:
             return self
-        try:
-            on_input = (
-                bool(re.fullmatch(listed, path))
-                if isinstance(listed, str)
-                else path.endswith(tuple(listed))
-            )
-        except re.error as error:
-            found = f"'{listed}' ({error})"
-            failed = "feedforward_modules in adapter_config.json is no regex"
-            raise AdapterLabError(failed, found=found) from error
         fixed = copy(self)
-        fixed._axis = int(on_input)
+        fixed._axis = int(_is_listed(listed, path))
         return fixed
 
     @property
@@ -96,6 +87,8 @@ class PeftIA3(ChannelScale):
         return self._axis
 
     def state(self) -> dict[str, Tensor]:
+        if self._axis == 1 and _side(self.tensors[L]) is None:
+            return {WEIGHT: self.vector * self.scale, ON_INPUT: torch.tensor(1)}
         if self.scale == 1:
             return dict(self.tensors)
         return {L: (1 + self.vector * self.scale).to(self.tensors[L].dtype)}
@@ -104,15 +97,29 @@ class PeftIA3(ChannelScale):
 class OnBias(Wrapper):
     """What ``inner`` does to the output, done to the bias, (out,)."""
 
-    reads_weight = True
-
-    @classmethod
-    def wrap(cls, inner: Algorithm, tensors: Tensors) -> Self:
-        raise NotImplementedError  # No tensor of a file asks for it.
-
     @property
     def reads_output(self) -> bool:
         return True
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.inner.delta(weight)
+
+
+def _side(factor: Tensor) -> int | None:
+    """The axis that the shape of ``ia3_l`` tells, None where it tells none."""
+    rows, columns, *k = factor.shape
+    return None if k or rows == columns else int(rows == 1)
+
+
+def _is_listed(listed: Any, path: str) -> bool:
+    """Whether ``path`` is one of ``feedforward_modules``."""
+    failed = "feedforward_modules in adapter_config.json is"
+    names: list[Any] = list(listed) if type(listed) in (list, tuple, set) else [listed]
+    if not all(isinstance(name, str) for name in names):
+        raise AdapterLabError(f"{failed} not usable", found=repr(listed), expected="names")
+    if not isinstance(listed, str):
+        return path.endswith(tuple(names))
+    try:
+        return bool(re.fullmatch(listed, path))
+    except re.error as error:
+        raise AdapterLabError(f"{failed} no regex", found=f"'{listed}' ({error})") from error

@@ -9,8 +9,27 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import Op, add_kron, factorization, kaiming_uniform, kron, rows_of, tucker, wide
-from .base import AdapterConfig, Algorithm, Shape, Tensors, check_product, read_scale, require
+from ..tensors import (
+    Op,
+    add_kron,
+    factorization,
+    kaiming_uniform,
+    kron,
+    rows_of,
+    scaled,
+    tucker,
+    wide,
+)
+from .base import (
+    AdapterConfig,
+    Algorithm,
+    Shape,
+    Tensors,
+    check_product,
+    read_number,
+    read_scale,
+    require,
+)
 
 W1, W2, T2 = "lokr_w1", "lokr_w2", "lokr_t2"
 
@@ -33,7 +52,7 @@ class LoKr(Algorithm):
     trainable = True
     suffixes = (W1, W1 + "_a", W1 + "_b", W2, W2 + "_a", W2 + "_b", T2)
 
-    def __init__(self, tensors: Tensors, scale: float, nominal_rank: int | None = None) -> None:
+    def __init__(self, tensors: Tensors, scale: float, nominal_rank: float = 0.0) -> None:
         super().__init__(tensors, scale)
         self._nominal_rank = nominal_rank
 
@@ -48,7 +67,11 @@ class LoKr(Algorithm):
         if math.prod(_shape(factors, W1)[2:]) != 1:
             raise AdapterLabError(f"{W1} is not a matrix", found=f"{_shape(factors, W1)}")
         if not ranks:
-            return cls(factors, 1.0 if scale is None else scale, _nominal(tensors.get("alpha")))
+            # The configured rank, which LyCORIS stores as alpha here; nothing else tells it. In
+            # float16 a rank of 10000000000 is infinite.
+            nominal = read_number(tensors, "alpha", 0.0, finite=False)
+            nominal = nominal if math.isfinite(nominal) else 0.0
+            return cls(factors, 1.0 if scale is None else scale, nominal)
         if len(set(ranks)) > 1:
             raise AdapterLabError("The two factors differ in rank", found=f"{ranks}")
         return cls(factors, read_scale(tensors, ranks[0], scale))
@@ -86,11 +109,15 @@ class LoKr(Algorithm):
 
     @property
     def rank(self) -> int:
-        """r of the low-rank factors; of two full ones the configured rank, or W2's own."""
+        """r of the low-rank factors; of two full ones the configured rank, but at most W2's own.
+
+        LyCORIS users ask for full factors with ranks such as 10000 and 10000000000.
+        """
         for factor in (W1 + "_b", W2 + "_b"):
             if factor in self.tensors:
                 return len(self.tensors[factor])
-        return self._nominal_rank or min(self.tensors[W2].flatten(1).shape)
+        own = min(self.tensors[W2].flatten(1).shape)
+        return int(min(self._nominal_rank, own)) if self._nominal_rank >= 1 else own
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,13 +126,13 @@ class LoKr(Algorithm):
 
     @property
     def alpha(self) -> float:
-        return float(self.rank) if self.full else super().alpha
+        return float(self._nominal_rank or self.rank) if self.full else super().alpha
 
     def state(self) -> dict[str, Tensor]:
         state = super().state()
-        if self.full and self.scale != 1:
+        if self.full:
             # No reader applies a scale to two full factors, so it goes into one of them.
-            state[W2] = (wide(state[W2], state[W2]) * self.scale).to(state[W2].dtype)
+            state[W2] = scaled(state[W2], self.scale)
         return state
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -177,9 +204,3 @@ def _shape(factors: Tensors, w: str) -> tuple[int, ...]:
     if w == W2 and T2 in factors:
         return (a.shape[1], b.shape[1], *factors[T2].shape[2:])
     return (len(a), *b.shape[1:])
-
-
-def _nominal(alpha: Tensor | None) -> int | None:
-    """The rank that LyCORIS stores as alpha beside two full factors; nothing else tells it."""
-    value = float(alpha.item()) if alpha is not None and alpha.numel() == 1 else 0.0
-    return int(value) if math.isfinite(value) and value >= 1 else None

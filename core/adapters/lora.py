@@ -48,6 +48,8 @@ class LoRA(Algorithm):
         factors = cls.own({name: t for name, t in found.items() if name != UP_BIAS})
         if not factors and UP_BIAS not in tensors:
             return None
+        if UP_BIAS in tensors:
+            factors |= cls.own({UP_BIAS: tensors[UP_BIAS]}, dims=1)
         up, down = require(factors, UP, DOWN)
         mid, width = factors.get(MID), up.flatten(1).shape[1]
         if mid is None:
@@ -56,8 +58,7 @@ class LoRA(Algorithm):
             point = down[0].numel() == down.shape[1]
             fits = point and (width, len(down)) == mid.shape[:2]
             check_product(fits, factors, UP, MID, DOWN)
-        if UP_BIAS in tensors:
-            factors |= cls.own({UP_BIAS: tensors[UP_BIAS]}, dims=1)
+        if UP_BIAS in factors:
             check_product(factors[UP_BIAS].shape == (len(up),), factors, UP, UP_BIAS)
         return cls(factors, read_scale(tensors, len(down), scale))
 
@@ -93,9 +94,10 @@ class LoRA(Algorithm):
     def at_rank(self, rank: int, growth: float = 0.0) -> Self:
         """The first ``rank`` columns of B and rows of A, at the scale s (r / rank)^growth.
 
-        DyLoRA trains them to be of use on their own. ``growth`` is how the trainer's scale grows
-        as the rank falls: 0.5 in kohya's, 1 in LyCORIS, whose scale is alpha / rank at every rank;
-        0 keeps the scale, so that this is a part of the whole delta.
+        For scripts and tests; no node asks for it. DyLoRA trains them to be of use on their own.
+        ``growth`` is how the trainer's scale grows as the rank falls: 0.5 in kohya's, 1 in
+        LyCORIS, whose scale is alpha / rank at every rank; 0 keeps the scale, so that this is a
+        part of the whole delta.
 
         Raises:
             AdapterLabError: a rank that is not from 1 to r.

@@ -9,7 +9,7 @@ from typing_extensions import Self
 from ..errors import AdapterLabError
 from ..orthogonal import Blocks, Butterfly, cayley, exact, eye, shrunk, skew
 from ..tensors import factorization
-from .base import AdapterConfig, Shape, Tensors, read_scale
+from .base import AdapterConfig, Shape, Tensors, read_number
 from .rotation import Rotation, check_blocks
 
 BLOCKS, DIAG, RESCALE = "oft_blocks", "oft_diag", "rescale"
@@ -61,13 +61,15 @@ class OFT(Rotation):
 
     @property
     def traits(self) -> tuple[str, ...]:
-        has = {"COFT": BLOCKS in self.tensors and self.constraint > 0}
-        return tuple(
-            trait for trait, it in (has | {RESCALE: RESCALE in self.tensors}).items() if it
-        )
+        traits = ["COFT"] if BLOCKS in self.tensors and self.constraint > 0 else []
+        return (*traits, *(name for name in (RESCALE,) if name in self.tensors))
 
     def changes(self, like: Tensor) -> list[Tensor]:
-        return [trained(self.tensors, self.constraint * self.size, like)]
+        if DIAG in self.tensors:
+            rotation = exact(self.tensors[DIAG], like)
+            return [rotation - eye(rotation)]
+        q, limit = skew(exact(self.tensors[BLOCKS], like)), self.constraint * self.size
+        return [cayley(shrunk(q, limit) if limit > 0 else q)]
 
     def turn(self, changes: list[Tensor], size: int) -> Blocks | Butterfly:
         return Blocks((changes[0].mT,))
@@ -77,15 +79,6 @@ class OFT(Rotation):
         return self.tensors[BLOCKS if BLOCKS in self.tensors else DIAG]
 
 
-def trained(tensors: Tensors, limit: float, like: Tensor) -> Tensor:
-    """R - I of ``oft_blocks`` under COFT's ``limit`` (> 0), or of a finished ``oft_diag``."""
-    if DIAG in tensors:
-        rotation = exact(tensors[DIAG], like)
-        return rotation - eye(rotation)
-    q = skew(exact(tensors[BLOCKS], like))
-    return cayley(shrunk(q, limit) if limit > 0 else q)
-
-
 def read_constraint(tensors: Tensors) -> float:
     """alpha of an OFT file, 0 (none) where it has none."""
-    return read_scale(tensors, 1, None) if "alpha" in tensors else 0.0
+    return read_number(tensors, "alpha", 0.0)

@@ -8,7 +8,7 @@ from typing_extensions import Self
 
 from ..errors import AdapterLabError
 from ..orthogonal import Blocks, cayley, exact, eye, frobenius, skew
-from .base import Tensors, numbered, read_scale
+from .base import Tensors, numbered, read_number
 from .oft import BLOCKS as LYCORIS_BLOCKS
 from .oft import DIAG as LYCORIS_DIAG
 from .rotation import Rotation, check_blocks
@@ -49,7 +49,9 @@ class KohyaOFT(Rotation):
             raise AdapterLabError("OFT ranges are incomplete", found=found, expected=expected)
         if not factors:
             return None
-        alpha = read_scale(tensors, 1, None) if "alpha" in tensors else _ALPHA
+        alpha = read_number(tensors, "alpha", _ALPHA)
+        if alpha < 0:
+            raise AdapterLabError("alpha is a constraint and below 0", found=str(alpha))
         return cls({name: factors[name] for name in names}, constraint=alpha)
 
     @property

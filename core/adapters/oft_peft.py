@@ -76,14 +76,9 @@ class PeftOFT(Rotation):
         """
         if DIAG in self.tensors:
             return self
-        terms, eps = config.get("num_cayley_neumann_terms", _TERMS), config.get("eps", 6e-5)
-        for name, value in (("num_cayley_neumann_terms", terms), ("eps", eps)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                found = repr(value)
-                raise AdapterLabError(f"'{name}' in adapter_config.json is not usable", found=found)
-        other = copy(self)
-        other.terms = int(terms) if config.get("use_cayley_neumann", True) else 0
-        other.eps = float(eps) if config.get("coft") else 0.0
+        other, series = copy(self), config.get("use_cayley_neumann", True)
+        other.terms = int(_setting(config, "num_cayley_neumann_terms", _TERMS)) if series else 0
+        other.eps = _setting(config, "eps", 6e-5) if config.get("coft") else 0.0
         return other
 
     @property
@@ -135,6 +130,16 @@ class PeftOFT(Rotation):
         norm = q.square().sum((1, 2), keepdim=True).sqrt()
         limit = self.eps / math.sqrt(len(q))
         return torch.where(norm > limit, q * limit / norm, q)
+
+
+def _setting(config: Mapping[str, Any], name: str, default: float) -> float:
+    """A number above 0, a whole one if ``default`` is; raises AdapterLabError for anything else."""
+    value: Any = config.get(name, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 < value < math.inf and (isinstance(default, float) or value == int(value)):
+        return value
+    failed = f"'{name}' in adapter_config.json is not usable"
+    raise AdapterLabError(failed, found=repr(value))
 
 
 def _block(triangles: Tensor) -> int | None:

@@ -43,10 +43,6 @@ class Padded(Wrapper):
         return cls(inner, {RESHAPE: given}, sizes)
 
     @property
-    def reads_weight(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.reads_weight
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self.sizes
 
@@ -58,7 +54,7 @@ class Padded(Wrapper):
     def traits(self) -> tuple[str, ...]:
         return (*self.inner.traits, f"enlarges the weight to {self.sizes}")
 
-    def misfit(self, shape: Shape) -> str | None:
+    def mismatch(self, shape: Shape) -> str | None:
         mine, given = self.sizes, tuple(shape)
         if len(mine) == len(given) and all(n <= m for n, m in zip(given, mine, strict=True)):
             return None
@@ -80,6 +76,9 @@ class Padded(Wrapper):
                 fix="Merge it",
             )
         return self.inner.bypass(x, op, weight, y)
+
+    def settled(self, weight: Tensor) -> Self:
+        return self._around(self.inner.settled(self._padded(weight)))
 
     def _padded(self, weight: Tensor) -> Tensor:
         if weight.shape == self.sizes:

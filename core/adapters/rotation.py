@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import ClassVar
 
@@ -68,9 +69,9 @@ class Rotation(Algorithm):
         """Whether a file of the tensors and alpha alone says what they do."""
         return self.scale == 1
 
-    def misfit(self, shape: Shape) -> str | None:
+    def mismatch(self, shape: Shape) -> str | None:
         found, gains = f"the weight is {tuple(shape)}", self.tensors.get(self.gains_name)
-        size = torch.Size(shape[1:]).numel() if self.on_input else shape[0]
+        size = math.prod(shape[1:] if self.on_input else shape[:1])
         if len(shape) < 2 or not self.covers(size):
             return f"it rotates {self.size} {'columns' if self.on_input else 'rows'}, {found}"
         if gains is not None and gains.numel() != shape[0]:

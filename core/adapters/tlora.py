@@ -27,8 +27,9 @@ class TLoRA(Thin):
     where training began and are in no file. They are taken for the r largest singular triplets
     of W, LyCORIS' default ("principal"); nothing in a file says whether training began from the
     last or middle ones or, which could not be repeated, from those of a random matrix. W must be
-    the weight that the adapter was trained on. Training masks the higher ranks at high noise; here
-    all are active, as in LyCORIS' merging and wherever no mask is set.
+    the weight that the adapter was trained on: they are worked out from the weight at hand, with
+    whatever was merged into it before, which changes them. Training masks the higher ranks at high
+    noise; here all are active, as in LyCORIS' merging and wherever no mask is set.
 
     Reference: Soboleva et al. 2025, "T-LoRA: Single Image Diffusion Model Customization Without
     Overfitting", section 4.
@@ -60,12 +61,14 @@ class TLoRA(Thin):
 
     @property
     def traits(self) -> tuple[str, ...]:
-        return ("assumed principal start",)
+        return ("assumed start: the principal vectors of the weight as patched so far",)
 
-    def misfit(self, shape: Shape) -> str | None:
+    def mismatch(self, shape: Shape) -> str | None:
+        if len(shape) < 2:
+            return f"its delta is {self.shape}, the weight is {tuple(shape)}"
         if math.prod(shape[2:]) != 1:
             return f"1 x 1 factors say nothing about a kernel of {tuple(shape[2:])}"
-        return super().misfit(shape)
+        return super().mismatch(shape)
 
     def lora(self, weight: Tensor) -> LoRA:
         """[P diag(l) | -P0] [Q; diag(l0) Q0], of rank 2 r."""

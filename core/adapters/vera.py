@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import wide
+from ..tensors import scaled, wide
 from .base import Shape, Tensors, check_product, require
 from .lora import LoRA
 from .thin import Thin, product
@@ -61,7 +61,7 @@ class VeRA(Thin):
         """(out, n): as wide as A is."""
         return (len(self.tensors[LAMBDA_B]), self.tensors[A].shape[1])
 
-    def misfit(self, shape: Shape) -> str | None:
+    def mismatch(self, shape: Shape) -> str | None:
         out, width = self.shape
         linear = len(shape) > 1 and math.prod(shape[2:]) == 1
         if linear and out == shape[0] and shape[1] <= width:
@@ -76,6 +76,4 @@ class VeRA(Thin):
         return product(up, lambda_d[:, None] * a[:, : weight.shape[1]], self.scale)
 
     def state(self) -> dict[str, Tensor]:
-        b = self.tensors[LAMBDA_B]
-        scaled = b if self.scale == 1 else (wide(b, b) * self.scale).to(b.dtype)
-        return {**self.tensors, LAMBDA_B: scaled}
+        return {**self.tensors, LAMBDA_B: scaled(self.tensors[LAMBDA_B], self.scale)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
@@ -34,9 +33,17 @@ class Wrapper(Algorithm):
         return None
 
     @classmethod
-    @abstractmethod
     def wrap(cls, inner: Algorithm, tensors: Tensors) -> Algorithm:
         """``inner`` with what ``tensors`` ask for; raises AdapterLabError where they can't."""
+        raise NotImplementedError(f"no tensor of a file asks for {cls.__name__}")
+
+    @property
+    def reads_weight(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.reads_weight
+
+    @property
+    def reads_output(self) -> bool:
+        return self.inner.reads_output
 
     @property
     def rank(self) -> int:
@@ -62,11 +69,12 @@ class Wrapper(Algorithm):
     def traits(self) -> tuple[str, ...]:
         return self.inner.traits
 
-    def misfit(self, shape: Shape) -> str | None:
-        return self.inner.misfit(shape)
+    def mismatch(self, shape: Shape) -> str | None:
+        return self.inner.mismatch(shape)
 
     def configured(self, config: Mapping[str, Any]) -> Self:
-        return self._around(self.inner.configured(config))
+        inner = self.inner.configured(config)
+        return self if inner is self.inner else self._around(inner)
 
     def at(self, strength: float) -> Self:
         return self._around(self.inner.at(strength))
@@ -78,10 +86,16 @@ class Wrapper(Algorithm):
         return moved
 
     def state(self) -> dict[str, Tensor]:
-        return {**self.inner.state(), **{name: self.tensors[name] for name in self.own_names}}
+        return {**self.inner.state(), **self._own}
+
+    @property
+    def _own(self) -> dict[str, Tensor]:
+        """The tensors that are not of ``inner``."""
+        return {name: self.tensors[name] for name in self.own_names}
 
     def _around(self, inner: Algorithm) -> Self:
         other = copy(self)
         other.inner = inner
         other.scale = inner.scale
+        other.tensors = {**inner.tensors, **self._own}
         return other

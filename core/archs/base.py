@@ -63,7 +63,7 @@ class Templates(Generic[T]):
 # (offset, length).
 Rows = tuple[int, int | None] | Callable[[int, int], tuple[int, int]]
 Order = Callable[[int], Tensor]  # number of rows -> p with theirs[i] = own[p[i]]
-Family = Literal["diffusers", "original", "other"]
+Family = Literal["own", "diffusers", "original", "other"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class Alias:
         rows: the range of own's rows that theirs is, where own is a fused weight. None: all.
         order: their order of these rows, where it is another.
         refuse: why a delta for theirs can't simply be added to own; empty where it can.
-        family: whose name it is: diffusers', that of the code the model was released with (where
-            ComfyUI's is another), or of one tool alone, which is read and never written.
+        family: whose name it is: ComfyUI's for a range of rows, diffusers', that of the code the
+            model was released with (where ComfyUI's is another), or of one tool alone, which is
+            read and never written.
     """
 
     theirs: str

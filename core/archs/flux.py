@@ -34,8 +34,9 @@ _OTHERS = (
     *aliases("single_blocks.{}.", "single_blocks.{}.", {
         "qkv_lora": ("linear1", 0, 3),
         "proj_lora": "linear2",
-        "linear1_qkv": ("linear1", 0, 3),  # ComfyUI's own for the same
     }, family="other"),
+    *aliases("single_blocks.{}.", "single_blocks.{}.", {"linear1_qkv": ("linear1", 0, 3)},
+             family="own"),
 )  # fmt: skip
 
 _has_modulation = has_all("img_in", "double_blocks.0.img_mod.lin")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .base import ArchSpec, aliases, has_all, own_names
 from .hunyuan_video import ENDS, FAMILIES, KEEP, ORIGINAL, REFINER, REFINER_NORMS, SPLIT
 from .streams import BLOCKS, DOUBLE, FUSED, GROUPS, NORMS, SINGLE, embedders
@@ -23,7 +25,9 @@ _NORMS = (
     *REFINER_NORMS,
     *NORMS,
 )
-_SPLIT = aliases("single_blocks.{}.", "single_blocks.{}.", {
+# Only read: sd-scripts' files of it have q, k and v in one.
+_SPLIT = tuple(replace(alias, family="other") for alias in SPLIT) + aliases(
+    "single_blocks.{}.", "single_blocks.{}.", {
     "linear1_q": ("linear1", 0, 1),
     "linear1_k": ("linear1", 1, 1),
     "linear1_v": ("linear1", 2, 1),
@@ -40,7 +44,7 @@ HUNYUAN_IMAGE = ArchSpec(
     detect=lambda shapes: _has_layers(shapes) and "vector_in.in_layer" not in shapes,
     blocks=BLOCKS,
     layers=own_names(_LAYERS),
-    aliases=_LAYERS + _NORMS + ORIGINAL + SPLIT + _SPLIT + FUSED,
+    aliases=_LAYERS + _NORMS + ORIGINAL + _SPLIT + FUSED,
     excludes=(r".*(img_mod|txt_mod|modulation).*", r".*(norm).*"),
     hidden="img_in.proj",
     base_versions=("hunyuan-image-2.1",),

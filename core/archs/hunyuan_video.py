@@ -99,6 +99,11 @@ HUNYUAN_VIDEO = ArchSpec(
     hidden="img_in.proj",
     base_versions=("hunyuan_video",),
     modelspec=("hunyuan-video",),
+    # As its pipeline in diffusers counts them, of which kohya's are OneTrainer's.
+    prefixes={
+        "kohya": {"llama": "lora_te1_", "clip_l": "lora_te2_"},
+        "diffusers": {"llama": "text_encoder.", "clip_l": "text_encoder_2."},
+    },
     families=FAMILIES,
     keep=KEEP,
     groups=GROUPS,
@@ -123,13 +128,17 @@ _NORMS_15 = (
     *REFINER_NORMS,
     *DOUBLE_NORMS,
 )  # fmt: skip
+_ORIGINAL_15, _FUSED_15 = (
+    tuple(alias for alias in table if not alias.own.startswith("single"))
+    for table in (ORIGINAL, FUSED)
+)
 HUNYUAN_VIDEO_15 = ArchSpec(
     id="hunyuan_video_15",
     title="HunyuanVideo 1.5",
     detect=has_all("img_in.proj", "vision_in.proj.1", "double_blocks.0.img_attn.qkv"),
     blocks=BLOCKS[:1],
     layers=own_names(_LAYERS_15),
-    aliases=_LAYERS_15 + _NORMS_15 + ORIGINAL + SPLIT + FUSED,
+    aliases=_LAYERS_15 + _NORMS_15 + _ORIGINAL_15 + SPLIT + _FUSED_15,
     excludes=(r".*(_in).*", r".*(norm).*"),
     hidden="img_in.proj",
     base_versions=("hunyuan_video_1_5",),

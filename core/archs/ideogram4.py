@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .base import ArchSpec, aliases, has_all, own_names, same, share
 
+ORDER = 1  # where names alone decide between it and Z-Image, Z-Image is meant
+
 _BLOCK = "layers.{}."
 _LAYERS = (
     *aliases("", "", same(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import count
 
+import torch
+
 from .base import Alias, ArchSpec, Leaf, Shapes, aliases, has_all, own_names, share, swapped
 
 _BLOCK, _OWN = "transformer_blocks.{}.", "joint_blocks.{}."
@@ -41,7 +43,16 @@ _LAYERS = (
         "norm1.linear": "x_block.adaLN_modulation.1",
     }),
 )  # fmt: skip
-_MODULATION = Alias(_BLOCK + _CONTEXT[0], _OWN + _CONTEXT[1])
+
+
+def _context_order(rows: int) -> torch.Tensor:
+    """Without a model the last block is told by its rows, of medium and of large: scale and shift
+    alone, which diffusers swaps. Others have six parts in the same order."""
+    return swapped(rows) if rows in _ENDS else torch.arange(rows)
+
+
+_ENDS = (2 * 1536, 2 * 2432)
+_MODULATION = Alias(_BLOCK + _CONTEXT[0], _OWN + _CONTEXT[1], order=_context_order)
 _NORMS = (
     *aliases("", "", {"pos_embed.pos_embed": "pos_embed"}),
     *aliases(_BLOCK + "attn", _OWN, {

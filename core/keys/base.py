@@ -29,7 +29,10 @@ _LETTERS = 4  # that tell most prefixes apart
 # Of these a name that "{part}" would also take.
 _NO_PART = r"(?!(?:diffusion_model|text_encoders|transformer|unet|base_model|model|module)\.)"
 # Left by torch.compile (in either spelling), by parallel wrappers and by whole checkpoints.
-_WRAPPERS = re.compile(r"_orig_mod[._]|^(?:module\.)?model\.(?=diffusion_model\.)|^module\.")
+_WRAPPERS = re.compile(
+    r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]"
+    r"|(?:^|(?<=^base_model\.model\.))(?:module\.)?model\.(?=diffusion_model\.)|^module\."
+)
 
 
 class Reading(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,8 @@ from ..files import Adapter
 from ..tensors import wide
 from . import encoders, fuse
 from .base import FORMATS, KeyFormat
-from .places import Families, Place, find_spec, locate, modules_by_own
-from .scale import Scales
+from .places import Families, Place, find_specs, locate, modules_by_own
+from .scale import Scales, network_args
 from .shared import share
 from .stems import Stem, read_stems
 
@@ -37,25 +38,46 @@ def convert(
 ) -> Adapter:
     """The same adapter with its keys in another format; tensors are shared where they stay.
 
-    Names go over through the layers and aliases of the architecture, by default the one that the
-    names belong to. Modules of fused weights are cut into the ranges that the format names apart,
-    or joined, where that is exact; others keep the name that they have in the other family, which
-    readers of both understand. A scale from outside the tensors becomes an ``alpha``.
+    Names go over through the layers and aliases of the architecture. By default it is the one
+    that the file's metadata names, if that has at least half of the file's names; else the one
+    that has most of them, among several the one whose published models have layers of the file's
+    sizes. Where that leaves several and they would be written differently, the file does not say
+    what it is for.
+
+    Modules of fused weights are cut into the ranges that the format names apart, or joined, where
+    that is exact; others, and those whose rows can't be put in another order, keep the name that
+    they have in the other family, which readers of both understand. A scale from outside the
+    tensors becomes an ``alpha``.
 
     Raises:
-        AdapterLabError: modules that can't be placed or have no name in the format, or malformed
-            ones.
+        AdapterLabError: modules that can't be placed or have no name in the format, malformed
+            ones, or names of several architectures.
     """
     source = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
     form, stems = FORMATS[format_id], _stems(source)
     modules = {name: stem for name, stem in stems.items() if not stem.embedding}
     _refuse((s.name for s in modules.values() if s.unknown), form, "hold tensors unknown to it")
-    spec = ARCHITECTURES[architecture] if architecture else find_spec(
-        modules.values(), source.metadata
-    )  # fmt: skip
+    if architecture:
+        return _converted(source, modules, form, ARCHITECTURES[architecture])
+    specs = find_specs(modules.values(), source.metadata)
+    written = _converted(source, modules, form, specs[0] if specs else None)
+    rivals = [spec for spec in specs[1:] if _differs(written, source, modules, form, spec)]
+    if rivals:
+        raise AdapterLabError(
+            "The names fit several architectures",
+            found=", ".join(spec.title for spec in (specs[0], *rivals)),
+            fix="Choose one as the architecture",
+        )
+    return written
+
+
+def _converted(
+    source: Adapter, modules: Mapping[str, Stem], form: KeyFormat, spec: ArchSpec | None
+) -> Adapter:
+    """The same modules by the names of one architecture."""
     places = {name: locate(stem, form, spec) for name, stem in modules.items()}
     _refuse((s for s, place in places.items() if not place), form, "match no known architecture")
-    metadata = {k: v for k, v in source.metadata.items() if k not in _SCALE_METADATA}
+    metadata = _metadata(source.metadata)
     written = Adapter({}, metadata, None, source.name)
     scales = Scales(source)
     read = [_Module(n, p, _tensors(modules[n], scales)) for n, p in places.items() if p]
@@ -64,6 +86,17 @@ def convert(
     kept = {key: t for key, t in source.items() if key.startswith("bundle_emb.")}
     written.update(kept)
     return written
+
+
+def _differs(
+    written: Adapter, source: Adapter, modules: Mapping[str, Stem], form: KeyFormat,
+    spec: ArchSpec,
+) -> bool:  # fmt: skip
+    """Whether the names of ``spec`` would give other keys than ``written``."""
+    try:
+        return set(_converted(source, modules, form, spec)) != set(written)
+    except AdapterLabError:  # it can't be the file's
+        return False
 
 
 class _Writer:
@@ -76,17 +109,28 @@ class _Writer:
     def modules(self, read: list[_Module]) -> Iterator[_Module]:
         """What to write for ``read``: renamed, put in order, cut and joined."""
         known = {module.stem: module for module in map(self._turned, read)}
-        if self.family == "own":
-            for path, stems in modules_by_own((m.stem, m.place) for m in known.values()):
-                joined = self._joined([known[stem] for stem in stems])
-                if joined:
-                    for stem in stems:
-                        del known[stem]
-                    known[path] = joined
-            yield from known.values()
-            return
+        for path, family, stems in modules_by_own((m.stem, m.place) for m in known.values()):
+            if family == self.family:
+                continue
+            pieces = [known[stem] for stem in stems]
+            renamed = [self._renamed(piece) for piece in pieces]
+            joined = None if all(renamed) else self._joined(pieces)
+            if joined:
+                for stem in stems:
+                    del known[stem]
+                known[path] = joined
+            known |= {m.stem: m for m in renamed if m and not joined}
         for module in known.values():
-            yield from self._cut(module)
+            yield from ([module] if self.family == "own" else self._cut(module))
+
+    def _renamed(self, module: _Module) -> _Module | None:
+        """The same rows by the family's name of them, if it has one."""
+        place = module.place
+        alias = place.alias and self.families.same(place.alias, self.family)
+        if not alias:
+            return None
+        path = alias.theirs.format(*place.numbers)
+        return replace(module, place=replace(place, path=path, alias=alias))
 
     def _turned(self, module: _Module) -> _Module:
         """With the rows in the model's order and, of a whole weight, its own name."""
@@ -206,6 +250,15 @@ def _stems(source: Adapter) -> dict[str, Stem]:
     return stems
 
 
+def _metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What stays true of a file whose alphas say by themselves how its modules are scaled."""
+    kept = {name: text for name, text in metadata.items() if name not in _SCALE_METADATA}
+    args = network_args(metadata)
+    if "rs_lora" in args:
+        kept["ss_network_args"] = json.dumps({**args, "rs_lora": "False"})
+    return kept
+
+
 def _tensors(stem: Stem, scales: Scales) -> Mapping[str, Tensor]:
     """Tensors by canonical suffix, which say by themselves what settings outside them do."""
     path = next((r.body for r in FORMATS["peft"].read(stem.clean)), stem.clean)
@@ -216,7 +269,8 @@ def _tensors(stem: Stem, scales: Scales) -> Mapping[str, Tensor]:
         raise error.about(f"module '{stem.name}'") from error
     if here is None or told is None:
         return stem.tensors
-    if here.scale == told.scale and "lora_embedding_A" not in stem.tensors:
+    same = here.scale == told.scale and not scales.configured
+    if same and "lora_embedding_A" not in stem.tensors:
         return stem.tensors
     biases = [a for a in ALGORITHMS.values() if a.parameter == "bias"]
     own = {s: t for s, t in stem.tensors.items() if any(a.owns(s) for a in biases)}

@@ -12,6 +12,9 @@ DIFFUSERS = KeyFormat(
         ("text_encoder.", ("clip_l", "clip_h", ANY_ENCODER)),
         ("text_encoder_2.", ("clip_g", "t5xxl", ANY_ENCODER)),
         ("text_encoder_3.", ("t5xxl", ANY_ENCODER)),
+        ("text_encoder_4.", ("llama", ANY_ENCODER)),
+        ("text_encoder.qwen3.", (ANY_ENCODER,)),  # sd-scripts' Anima
+        ("text_encoder.base_model.model.", (ANY_ENCODER,)),
         ("transformer.base_model.model.", ("model",)),
         ("unet.base_model.model.", ("model",)),
     ),

@@ -19,7 +19,7 @@ _ROOT = re.compile(
     r"|(?P<clip_l>cond_stage_model|conditioner\.embedders\.0)\.transformer\."
 )
 _ENCODER = re.compile(r"clip|t5|llama|gemma|qwen|mistral|ministral|bert|gpt|jina|sam3|hydit")
-_WRAPPED = re.compile(r"(?m)_orig_mod[._]|^(?:module|model)\.")
+_WRAPPED = re.compile(r"(?m)_(?:orig_mod|\w+_wrapped_module)[._]|^(?:module|model)\.")
 
 # What transformers' classes have in front of the layers of a text encoder, or leave out.
 _HEADS = (

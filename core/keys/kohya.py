@@ -11,6 +11,7 @@ KOHYA = KeyFormat(
         ("lora_te1_", ("clip_l", "clip_h", ANY_ENCODER)),
         ("lora_te2_", ("clip_g", "t5xxl", ANY_ENCODER)),
         ("lora_te3_", ("t5xxl", ANY_ENCODER)),
+        ("lora_te4_", ("llama", ANY_ENCODER)),  # OneTrainer's HiDream
         ("lora_te_", (ANY_ENCODER,)),
     ),
     separator="_",

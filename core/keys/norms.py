@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Algorithm, Ordered
+from ..adapters.vera import VeRA
 from ..archs import ArchSpec
 from ..tensors import wide
 from .resolve import Entry
@@ -40,13 +41,14 @@ def block_norms(
 
 
 def delta_norm(algorithm: Algorithm, weight: Tensor | None = None) -> float | None:
-    """||dW||_F, exact but for float32; None where it depends on W and that is not given.
+    """||dW||_F, exact but for float32; None where it depends on W and that is not given, be it
+    only on its width (VeRA).
 
     Of a LoRA from r x r products alone: ||B A||^2 = sum((B^T B) o (A A^T)); of a Kronecker product
     the product of the norms.
     """
-    if isinstance(algorithm, Ordered):
-        algorithm = algorithm.inner
+    if isinstance(algorithm, Ordered) and not algorithm.reads_weight:
+        algorithm = algorithm.inner  # rows in another order have the same norm
     names = set(algorithm.tensors)
     with torch.no_grad():
         if names == {"lora_up.weight", "lora_down.weight"}:
@@ -57,12 +59,18 @@ def delta_norm(algorithm: Algorithm, weight: Tensor | None = None) -> float | No
         if names == {"lokr_w1", "lokr_w2"}:
             first, second = (_norm(wide(t, t)) for t in algorithm.tensors.values())
             return abs(algorithm.scale) * first * second
-        if weight is None and algorithm.reads_weight:
+        if weight is None and needs_weight(algorithm):
             return None
         if weight is None:
             # Only its shape counts: no memory for its values.
             weight = torch.zeros(1).expand(algorithm.shape)
         return _norm(algorithm.delta(wide(weight, weight)))
+
+
+def needs_weight(algorithm: Algorithm) -> bool:
+    """Whether its norm takes the weight to know."""
+    inner = algorithm.inner if isinstance(algorithm, Ordered) else algorithm
+    return inner.reads_weight or isinstance(inner, VeRA)
 
 
 def _norm(tensor: Tensor) -> float:

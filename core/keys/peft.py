@@ -38,6 +38,7 @@ PEFT = KeyFormat(
         "lora_magnitude_vector.weight": "magnitude",
         "lora_magnitude_vector.*.weight": "magnitude",
         "lora_magnitude_vector.*": "magnitude",
+        "base_layer.bias": "set_bias",
         "oft_R.*.weight": "oft_R.weight",
         **{name: name for name in (*_BARE, "oft_R.weight")},
         **{f"{name}.*": name for name in _BARE},

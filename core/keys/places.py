@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..archs import ARCHITECTURES, Alias, ArchSpec, detect_stems
+from ..adapters import load_parts
+from ..archs import ARCHITECTURES, Alias, ArchSpec, likely
+from ..errors import AdapterLabError
 from . import encoders
-from .base import OTHER, KeyFormat, readers
+from .base import OTHER, KeyFormat, guess, readers
 from .stems import Stem
 
 
@@ -39,9 +41,50 @@ class Place:
 
 def find_spec(stems: Iterable[Stem], metadata: Mapping[str, str]) -> ArchSpec | None:
     """The architecture of the diffusion model that a file is for."""
-    read = (form.read(stem.clean) for stem in stems for form in readers() if form.hint)
-    bodies = [one.body for places in read for one in places if "model" in one.parts]
-    return detect_stems(bodies, metadata)
+    return next(iter(find_specs(stems, metadata)), None)
+
+
+def find_specs(stems: Iterable[Stem], metadata: Mapping[str, str]) -> list[ArchSpec]:
+    """The architectures that a file can be for, by names, metadata and sizes, best first.
+
+    Of several, those are left whose files of this format have such names most.
+    """
+    modules = list(stems)
+    bodies = _bodies(modules, hint=True) or _bodies(modules, hint=False)
+
+    def shape(body: str) -> tuple[int, ...]:
+        try:
+            weight = load_parts(bodies[body].tensors).get("weight")
+        except AdapterLabError:  # a broken module says nothing
+            return ()
+        return weight.shape if weight else ()
+
+    specs = likely(bodies, metadata, shape)
+    form = guess([stem.clean for stem in modules]) if len(specs) > 1 else None
+    if form is None:
+        return specs
+    usual = {spec: sum(_usual(body, form, spec) for body in bodies) for spec in specs}
+    return [spec for spec in specs if usual[spec] == max(usual.values())]
+
+
+def _usual(body: str, form: KeyFormat, spec: ArchSpec) -> bool:
+    """Whether files of this format and architecture have such a name."""
+    family = spec.families.get(form.id, form.family)
+    if family == "own":
+        return any(True for _ in spec.own.find(body))
+    return any(alias.family == family for alias, _ in spec.theirs.find(body))
+
+
+def _bodies(stems: list[Stem], *, hint: bool) -> dict[str, Stem]:
+    """What the stems can call modules of a diffusion model, in formats of which prefixes hint."""
+    forms = [form for form in readers() if form.hint is hint]
+    read = ((one, stem) for stem in stems for form in forms for name in _names(stem)
+            for one in form.read(name))  # fmt: skip
+    return {one.body: stem for one, stem in read if "model" in one.parts}
+
+
+def _names(stem: Stem) -> tuple[str, ...]:
+    return (stem.clean, f"{stem.clean}_lora") if stem.joint else (stem.clean,)
 
 
 def locate(stem: Stem, form: KeyFormat, spec: ArchSpec | None) -> Place | None:
@@ -50,16 +93,15 @@ def locate(stem: Stem, form: KeyFormat, spec: ArchSpec | None) -> Place | None:
     Args:
         form: the format to be written, in which a name may stay what it is.
     """
-    names = (stem.clean, f"{stem.clean}_lora") if stem.joint else (stem.clean,)
-    read = [one for name in names for f in readers() for one in f.read(name)]
-    for _, parts, body in read:
+    read = [one for name in _names(stem) for f in readers() for one in f.read(name)]
+    for used, parts, body in read:
         if "model" in parts:
             for entry in (spec, *ARCHITECTURES.values()):
                 found = _known(body, entry, aliases=entry is spec) if entry else None
                 if found:
                     return found
         if parts != ("model",):
-            layer = encoders.locate(parts, body)
+            layer = encoders.locate((*_prefixed(stem.clean, used, spec), *parts), body)
             if layer:
                 return Place(*layer)
     usable = [one for one in read if one.form.id == (form.like or form.id)]
@@ -67,6 +109,13 @@ def locate(stem: Stem, form: KeyFormat, spec: ArchSpec | None) -> Place | None:
         # The longest prefix leaves the shortest path.
         usable += sorted(read, key=lambda one: len(one.body))
     return next((Place(_part(one.parts), one.body) for one in usable), None)
+
+
+def _prefixed(name: str, form: KeyFormat, spec: ArchSpec | None) -> Iterator[str]:
+    """The text encoders that ``name`` is of by the prefixes of this very architecture."""
+    for part, prefix in spec.prefixes.get(form.id, {}).items() if spec else ():
+        if part != "model" and name.startswith(prefix):
+            yield part
 
 
 def _part(parts: Sequence[str]) -> str:
@@ -112,6 +161,11 @@ class Families:
         """The family's first name of all of the weight."""
         return next((a for a in self._aliases.get((own, family), ()) if a.rows is None), None)
 
+    def same(self, alias: Alias, family: str) -> Alias | None:
+        """The family's name of the rows that ``alias`` names, in the order of the weight."""
+        known = self._aliases.get((alias.own, family), ())
+        return next((a for a in known if a.rows == alias.rows and a.order is alias.order), None)
+
     def spans(self, own: str, family: str, total: int, hidden: int) -> list[Span]:
         """The ranges that tile a weight of ``total`` rows, in order; [] where they don't."""
         spans: dict[tuple[int, int], Span] = {}
@@ -144,11 +198,11 @@ def _tiles(spans: Sequence[Span], total: int) -> bool:
     return len(spans) > 1 and ends == starts and all(span.length > 0 for span in spans)
 
 
-def modules_by_own(places: Iterable[tuple[str, Place]]) -> Iterator[tuple[str, list[str]]]:
-    """(own path, stems) of the ranges of each fused weight, one family at a time."""
+def modules_by_own(places: Iterable[tuple[str, Place]]) -> Iterator[tuple[str, str, list[str]]]:
+    """(own path, family, stems) of the ranges of each fused weight, one family at a time."""
     groups: dict[tuple[str, str], list[str]] = {}
     for stem, place in places:
         if place.alias is not None and place.alias.rows is not None:
             groups.setdefault((place.own_path, place.alias.family), []).append(stem)
-    for (path, _), stems in groups.items():
-        yield path, stems
+    for (path, family), stems in groups.items():
+        yield path, family, stems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -12,22 +13,31 @@ from .base import ANY_ENCODER, Parts, Reading
 from .names import Names, Target
 from .stems import Stem, is_known
 
+_WHOLE = frozenset(("weight", "bias"))
+_NAMED = 3  # unknown suffixes of a module before the rest is counted
+_LONGEST = 40  # letters of a name that is worth a search
 _ANY = (SCALAR, "alpha")  # belong to every algorithm
 
 
 def unusable(stem: Stem) -> str:
     """Why no algorithm can take the tensors of ``stem`` together; "" where one can."""
-    return _fault((*stem.tensors, *stem.unknown))
+    return _fault(tuple(stem.tensors), tuple(stem.unknown))
 
 
 @lru_cache(1 << 10)
-def _fault(names: tuple[str, ...]) -> str:
-    foreign = [name for name in names if not is_known(name)]
+def _fault(names: tuple[str, ...], strange: tuple[str, ...]) -> str:
+    foreign = [*(name for name in names if not is_known(name)), *strange]
+    if strange and set(strange) <= set(_ANY):
+        return f"{', '.join(strange)} belongs to no module"
+    if foreign and not names and _WHOLE.issuperset(foreign):
+        return f"{', '.join(foreign)} is a whole parameter, of a model and not of an adapter"
     if foreign:
+        named = ", ".join(foreign[:_NAMED])
+        named += f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         verb = "is" if len(foreign) == 1 else "are"
         near = _near(wildcard(foreign[0])[0])
         hint = f"; the nearest known tensor is {near}" if near else ""
-        return f"{', '.join(foreign)} {verb} not supported{hint}"
+        return f"{named} {verb} not supported{hint}"
     wrapping = [name for name in names if any(w.owns(name) for w in WRAPPERS.values())]
     rest = [name for name in names if name not in wrapping and name not in _ANY]
     owned = {name: _owners(name) for name in rest}
@@ -42,6 +52,10 @@ def _fault(names: tuple[str, ...]) -> str:
 
 @lru_cache(1 << 10)
 def _near(name: str) -> str | None:
+    """The known suffix most like ``name``; None for what is like none at first sight."""
+    head = re.split(r"[._\d]", name)[0]
+    if len(name) > _LONGEST or not any(head and head in known for known in suffixes()):
+        return None
     return next(iter(difflib.get_close_matches(name, suffixes(), 1, 0.75)), None)
 
 
@@ -54,7 +68,8 @@ def unknown(names: Names, readings: list[Reading]) -> str:
     form, parts, body = readings[0]
     present = list(names.parts(parts))
     if not present:
-        return f"for {_whose(parts)}, which is not among the given weights"
+        advice = "" if parts[0] == "model" else ": connect its clip"
+        return f"for {_whose(parts)}, which is not among the given weights{advice}"
     near = names.nearest(present[0], body, form.separator)
     if near and wildcard(near)[0] == wildcard(body)[0]:
         return "the model has no block of this number"

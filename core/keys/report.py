@@ -12,6 +12,7 @@ from ..errors import AdapterLabError
 from .base import FORMATS
 
 _GROUPS = 12  # lines of a text report before the rest is counted
+_LONGEST = 400  # letters of a name or reason
 _PLURALS = {"bias": "biases"}
 
 
@@ -157,9 +158,15 @@ def _grouped(heading: str, reasons: dict[str, str]) -> list[str]:
     for (pattern, general), stems in list(groups.items())[:_GROUPS]:
         alone = len(stems) == 1
         name = stems[0] if alone else f"{len(stems)} x {pattern}"
-        lines.append(f"  {name}: {reasons[stems[0]] if alone else general}")
+        lines.append(f"  {_shown(name)}: {_shown(reasons[stems[0]] if alone else general)}")
     rest = list(groups.values())[_GROUPS:]
     return [*lines, f"  and {sum(map(len, rest))} more"] if rest else lines
+
+
+def _shown(text: str) -> str:
+    """``text`` of a stranger's file, short and without what would change how a line reads."""
+    plain = "".join(c if c.isprintable() else "?" for c in text)
+    return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 1]}…"
 
 
 def title(architecture: str | None) -> str:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..adapters import Algorithm, Ordered
-from ..archs import ARCHITECTURES, ArchSpec, detect_stems
+from ..archs import ARCHITECTURES, ArchSpec
 from ..errors import AdapterLabError
 from ..files import Adapter
 from . import reasons
 from .base import FORMATS, KeyFormat, Reading, candidates, guess
 from .index import ModelIndex
 from .names import Names, Override, Slice, Target
+from .places import find_spec
 from .report import Match, Report
 from .scale import Scales
 from .shared import LAMBDA_D, share
@@ -129,13 +130,10 @@ class _Matcher:
     def conclude(self, entries: list[Entry]) -> None:
         """Fill in what only the whole file tells."""
         report, spec = self.report, self.names.spec
-        if spec and 2 * len(report.matched) >= report.total > 0:
-            report.file_architecture = spec.id
-        else:
-            found = detect_stems(self._bodies(), self.source.metadata)
-            report.file_architecture = found.id if found else None
-            if spec and found and found is not spec and report.matched:
-                report.warnings.append(f"The file is for {found.title}, the model is {spec.title}")
+        found = self._architecture()
+        report.file_architecture = found.id if found else None
+        if spec and found and found is not spec and report.matched:
+            report.warnings.append(f"The file is for {found.title}, the model is {spec.title}")
         report.warnings += self.scales.warnings
         for form, stems in self.others.items():
             report.warnings.append(
@@ -147,7 +145,7 @@ class _Matcher:
         if self.biasless:
             what = "biases are left out, for the layers have none"
             report.warnings.append(_some(self.biasless, what))
-        shared = _shared(entries)
+        shared = _shared(entries, self.stems)
         if shared:
             report.warnings.append(_some(shared, "weights are changed by more than one module"))
 
@@ -236,8 +234,10 @@ class _Matcher:
             if target.order:
                 algorithm = Ordered(algorithm, target.order(target.shape[0]))
             if key:
-                path, part = target.path, target.part
-                entries.append(Entry(stem.name, key, target.slice, algorithm, path, part))
+                # A bias has the rows of its weight, and no columns.
+                across = parameter == "bias" and target.slice and target.slice[0]
+                span = None if across else target.slice
+                entries.append(Entry(stem.name, key, span, algorithm, target.path, target.part))
         first, *others = entries
         self.report.matched[stem.name] = Match(
             first.key, target.slice, first.algorithm.name, first.algorithm.rank,
@@ -259,19 +259,30 @@ class _Matcher:
             self.biasless.append(f"{stem.name} on {target.path}")
         return None
 
-    def _bodies(self) -> list[str]:
+    def _architecture(self) -> ArchSpec | None:
+        """What the file is for: the model's if all of it fits or no other has more of its names."""
+        report, spec = self.report, self.names.spec
+        if spec and report.matched and not report.unmatched:
+            return spec
+        found = find_spec(self.stems.values(), self.source.metadata)
+        if spec is None or found is spec or 2 * len(report.matched) < report.total:
+            return found
         readings = (r for stem in self.stems.values() for r in self.form.read(stem.clean))
-        return [reading.body for reading in readings if "model" in reading.parts]
+        bodies = {reading.body for reading in readings if "model" in reading.parts}
+        more = found and sum(map(found.names, bodies)) > sum(map(spec.names, bodies))
+        return found if more else spec
 
 
-def _shared(entries: list[Entry]) -> list[str]:
+def _shared(entries: list[Entry], stems: Mapping[str, Stem]) -> list[str]:
     """Descriptions of weights whose ranges overlap between two modules."""
     by_key: dict[str, list[Entry]] = {}
     shared: list[str] = []
     for entry in entries:
         for other in by_key.setdefault(entry.key, []):
             if _overlap(entry.slice, other.slice):
-                shared.append(f"{other.stem} and {entry.stem} on {entry.key}, both applied")
+                same = stems[other.stem].clean == stems[entry.stem].clean
+                what = "the same module twice" if same else "both applied"
+                shared.append(f"{other.stem} and {entry.stem} on {entry.key}, {what}")
         by_key[entry.key].append(entry)
     return shared
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,9 @@ from ..files import Adapter
 from .stems import Stem
 
 UP, DOWN = "lora_up.weight", "lora_down.weight"
+_FOLDED = ".lora_A.weight"
+# peft takes what these start from out of the model's weights, unless it converts on saving.
+_MOVED = ("pissa", "olora", "corda", "loftq")
 _TRUE = ("true", "1")
 
 
@@ -46,6 +50,7 @@ class Scales:
         self._assumed: Counter[str] = Counter()
         self._matters: dict[tuple[str, ...], bool] = {}
         self._split: list[str] = []
+        self._inert: list[str] = []
 
     def load(self, stem: Stem, path: str) -> dict[str, Algorithm]:
         """What the tensors of ``stem`` do, by parameter; ``path``: of the module, as peft sees it.
@@ -59,6 +64,8 @@ class Scales:
         algorithm = parts.get("weight")
         if algorithm is None:
             return parts
+        if algorithm.scaled and algorithm.scale == 0:
+            self._inert.append(stem.name)
         if config:
             return _configured(parts, algorithm, stem, {**config, "module": path})
         if scale is None and "alpha" in stem.tensors:
@@ -86,6 +93,17 @@ class Scales:
                 f"Scale assumed: 1 (alpha = rank) for {count} module{'s' * (count != 1)}, since "
                 "neither the file nor a config tells their alpha"
             )
+        moved = {str(c.get("init_lora_weights", "")) for c in self._configs.values()}
+        for start in sorted(s for s in moved if s.startswith(_MOVED)):
+            said.append(
+                f"Trained on a changed model (init_lora_weights: {start}), which the file does not "
+                "hold: the result is right only there"
+            )
+        if self._inert:
+            said.append(
+                f"alpha is 0 in {len(self._inert)} modules, which change nothing: "
+                f"'{self._inert[0]}' for one"
+            )
         if self._split:
             said.append(
                 f"{len(self._split)} fused modules were trained in parts (split_qkv) and hold the "
@@ -107,8 +125,12 @@ class Scales:
             if scale is not None:
                 self._split.append(stem.name)
             return scale
-        scale = config_scale(config, path) if config else None
-        return self._network.scale(stem.tensors) if scale is None and not config else scale
+        if config:
+            return config_scale(config, path)
+        # sd-scripts and musubi-tuner always write alpha. Their converters to peft's names multiply
+        # it into the factors and keep the metadata.
+        folded = stem.keys.get(DOWN, "").endswith(_FOLDED)
+        return None if folded else self._network.scale(stem.tensors)
 
     def _open(self, tensors: Mapping[str, Tensor], algorithm: Algorithm) -> bool:
         """Whether an alpha would have changed what these tensors do."""
@@ -138,8 +160,7 @@ class Network:
     """What sd-scripts wrote about the network of a file: ``ss_network_*`` metadata."""
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
-        args = _json(metadata.get("ss_network_args", ""))
-        self._args = {name: str(value) for name, value in args.items()}
+        self._args = network_args(metadata)
         self._dim, self._alpha = (_number(metadata.get(f"ss_network_{x}")) for x in _SIZES)
         self._conv = tuple(_number(self._args.get(f"conv_{x}")) for x in _SIZES)
 
@@ -149,7 +170,9 @@ class Network:
         dim, alpha = self._dim, self._alpha
         if down is not None and math.prod(down.shape[2:]) > 1 and self._conv[0]:
             dim, alpha = self._conv[0], self._conv[1] or 1.0  # sd-scripts' default of conv_alpha
-        return alpha / dim if dim and alpha is not None else None
+        if not dim or alpha is None or (down is not None and len(down) != dim):
+            return None
+        return alpha / dim
 
     def split_scale(self, tensors: Mapping[str, Tensor]) -> float | None:
         """The scale of a fused module whose parts sd-scripts trained apart; None for any other.
@@ -188,6 +211,12 @@ class Network:
 _SIZES = ("dim", "alpha")
 
 
+def network_args(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The options of the network, ``ss_network_args``, as text; none where that is no table."""
+    args = _json(metadata.get("ss_network_args", ""))
+    return {name: str(value) for name, value in args.items()}
+
+
 def config_scale(config: Mapping[str, Any], path: str) -> float | None:
     """alpha / r of the module ``path`` (of the model peft wrapped), with rs-LoRA alpha / sqrt(r).
 
@@ -209,10 +238,12 @@ def config_scale(config: Mapping[str, Any], path: str) -> float | None:
 
 def _value(config: Mapping[str, Any], patterns: str, default: str, path: str) -> float | None:
     value: object = config.get(default)
-    table: Mapping[str, object] = config.get(patterns) or {}
-    for pattern, special in table.items():
+    table: object = config.get(patterns) or {}
+    if not isinstance(table, Mapping):
+        raise AdapterLabError(f"'{patterns}' in adapter_config.json is no table", found=repr(table))
+    for pattern, special in cast("Mapping[str, object]", table).items():
         try:
-            found = re.match(rf"(.*\.)?({pattern})$", path)
+            found = _ending(pattern).match(path)
         except re.error as error:
             raise AdapterLabError(
                 f"{patterns} in adapter_config.json holds no regex", found=f"'{pattern}' ({error})"
@@ -227,6 +258,12 @@ def _value(config: Mapping[str, Any], patterns: str, default: str, path: str) ->
             f"'{default}' in adapter_config.json is not a number", found=repr(value)
         )
     return float(value)
+
+
+@lru_cache(1 << 14)
+def _ending(pattern: str) -> re.Pattern[str]:
+    """Of the end of a path, from a dot on; a file can bring more patterns than ``re`` keeps."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _components(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:

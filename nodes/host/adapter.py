@@ -9,7 +9,7 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...core.adapters import Algorithm
+from ...core.adapters import Algorithm, merge_part
 from ...core.adapters.padded import RESHAPE
 from ...core.errors import AdapterLabError
 from .parts import Part
@@ -58,8 +58,8 @@ class AdapterPatch(WeightAdapterBase):
         placed = algorithm.on(dict(zip(algorithm.tensors, moved, strict=True)))
         placed = placed.at(strength * factor)
         if weight.dtype == torch.float32:
-            return placed.merge(weight)
-        done = placed.merge(weight.to(torch.float32))
+            return merge_part(placed, weight)
+        done = merge_part(placed, weight.to(torch.float32))
         return weight.copy_(done) if done.shape == weight.shape else done.to(weight.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import comfy.model_patcher
@@ -43,17 +44,17 @@ class Acting:
         """Whether any strength changes while sampling."""
         return any(part.varies for part in (*(f.part for f in self.layers), *self.values))
 
-    def install(self, model: nn.Module) -> None:
-        """Act on ``model``, in the place of what another clone left there."""
+    def install(self, patcher: Any) -> None:
+        """Act on the patcher's model, in the place of what another clone left there."""
         self.remove()
         by_path: dict[str, list[Factors]] = {}
         for factors in self.layers:
             by_path.setdefault(factors.part.path, []).append(factors)
         for path, group in by_path.items():
-            self._live.append(Forward(model.get_submodule(path), group, self))
+            self._live.append(Forward(patcher.model.get_submodule(path), group, self))
         for parts in grouped(self.values):
             if not any(part.varies for part in parts):
-                self._live.append(Value(model, parts))
+                self._live.append(Value(patcher, parts))
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -84,11 +85,11 @@ def attach(patcher: Any, parts: Sequence[Part], layers: Sequence[Part]) -> None:
         parts: replace parameters. layers: act on activations.
     """
     given: Acting = patcher.get_attachment(KEY) or Acting()
-    held = _managed(layers, patcher.load_device, patcher.offload_device)
-    if layers:
-        beside = patcher.get_additional_models_with_key(KEY)
-        patcher.set_additional_models(KEY, [*beside, held])
-    acting = Acting((*given.layers, *held.model), (*given.values, *parts))
+    beside = patcher.get_additional_models_with_key(KEY)
+    held = [_managed(layers, patcher.load_device, patcher.offload_device)] if layers else []
+    if held:
+        patcher.set_additional_models(KEY, [*beside, *held])
+    acting = Acting((*given.layers, *chain(*(h.model for h in held))), (*given.values, *parts))
     patcher.set_attachments(KEY, acting)
     patcher.set_injections(KEY, [PatcherInjection(_inject, _eject)])
     patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
@@ -97,7 +98,10 @@ def attach(patcher: Any, parts: Sequence[Part], layers: Sequence[Part]) -> None:
 
 
 def _managed(parts: Sequence[Part], device: Any, rest: Any, disable_dynamic: bool = False) -> Any:
-    """Factors as a model of their own, which ComfyUI loads and unloads with the big one."""
+    """Factors as a model of their own, which ComfyUI loads and unloads with a diffusion model.
+
+    With a text encoder it loads nothing else: there, layers copy them to where they compute.
+    """
     given = comfy.model_patcher
     kind = given.ModelPatcher if disable_dynamic else given.CoreModelPatcher
     held = kind(nn.ModuleList(map(Factors, parts)), device, rest)
@@ -106,7 +110,7 @@ def _managed(parts: Sequence[Part], device: Any, rest: Any, disable_dynamic: boo
 
 
 def _inject(patcher: Any) -> None:
-    patcher.get_attachment(KEY).install(patcher.model)
+    patcher.get_attachment(KEY).install(patcher)
 
 
 def _eject(patcher: Any) -> None:

@@ -71,16 +71,17 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out = self.previous(*args, **kwargs)
-        acting = [t for t in self.terms if t.set(self.run.progress)] if self.is_active else []
+        x = args[0] if args else kwargs["input"]
+        terms = self.terms if self.is_active else ()
+        acting = [t for t in terms if t.set(self.run.progress, x.device)]
         if not acting:
             return out
-        x = args[0] if args else kwargs["input"]
         with self._parameters(x, [term.algorithm for term in acting]) as (weight, bias):
             y = out if bias is None else out - self._along(bias).to(out.dtype)
-            terms = [(t.part.slice, self._term(t, x, y, weight, bias)) for t in acting]
+            added = [(t.part.slice, self._term(t, x, y, weight, bias)) for t in acting]
         # The layers of a backward pass may need what they gave as it was.
         out = out.clone() if torch.is_grad_enabled() else out
-        for span, h in terms:
+        for span, h in added:
             rows = out if not span or span[0] else out.narrow(self._channels, *span[1:])
             rows.add_(h)
         return out
@@ -134,16 +135,19 @@ class _Term:
         self.factors, self.part = factors, factors.part
         self.algorithm = factors.part.algorithm
         self._placed: tuple[tuple[Any, ...], Algorithm] = ((), self.algorithm)
+        self._device: torch.device | None = None
         self._strength: float | None = None
         self._is_settled = False
 
-    def set(self, progress: float) -> bool:
-        """Bring the algorithm to its strength; False where that is 0."""
-        tensors = tuple(self.factors._parameters.values())
-        if not tensors or any(a is not b for a, b in zip_longest(tensors, self._placed[0])):
-            moved: Any = dict(zip(self.part.algorithm.tensors, tensors, strict=True))
-            self._placed, self._strength = (tensors, self.part.algorithm.on(moved)), None
-            self._is_settled = False
+    def set(self, progress: float, device: torch.device) -> bool:
+        """Bring the algorithm to its strength on ``device``; False where that is 0."""
+        factors: Any = tuple(self.factors._parameters.values())
+        changed = any(a is not b for a, b in zip_longest(factors, self._placed[0]))
+        if changed or device != self._device:
+            moved = (factor.to(device) for factor in factors)
+            on = self.part.algorithm.on(dict(zip(self.part.algorithm.tensors, moved, strict=True)))
+            self._placed, self._strength, self._is_settled = (factors, on), None, False
+            self._device = device
         strength = self.part.at(progress)
         if strength and strength != self._strength:
             self.algorithm, self._strength = self._placed[1].at(strength), strength
@@ -152,7 +156,7 @@ class _Term:
     def on(self, weight: Tensor) -> Algorithm:
         """The algorithm, settled for this weight at its first use."""
         if not self._is_settled:
-            tensors, algorithm = self._placed
-            self._placed, self._is_settled = (tensors, algorithm.settled(weight)), True
+            factors, algorithm = self._placed
+            self._placed, self._is_settled = (factors, algorithm.settled(weight)), True
             self.algorithm = self._placed[1].at(self._strength or 0.0)
         return self.algorithm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -48,24 +49,46 @@ def dims(module: Any) -> int | None:
     return next((n for kind, n in _CONVOLUTIONS.items() if isinstance(module, kind)), None)
 
 
+@dataclass(frozen=True)
+class _Convolution(Op):
+    """The module's own way to convolve: seamless tiling changes its padding after loading."""
+
+    module: Any = None
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.module._conv_forward(x, weight, None)
+
+
 def operation(module: nn.Module) -> Op:
     """The layer without its weight."""
     axes = dims(module)
     if not axes:
         return Op()
     conv: Any = module
-    return Op(axes, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _Convolution(axes, conv.stride, conv.padding, conv.dilation, conv.groups, conv)
 
 
-def quantised(weight: Any) -> str:
-    """The format of a weight that holds less than 16 bits a value; "" of any other."""
+def quantised(module: Any) -> str:
+    """The format of a layer whose weight holds less than 16 bits a value; "" of any other."""
+    weight = getattr(module, "weight", None)
     if isinstance(weight, QuantizedTensor):
-        dtype = weight.storage_dtype
-    elif weight.is_floating_point() and weight.dtype.itemsize == 1:
-        dtype = weight.dtype
-    else:
+        return getattr(module, "quant_format", None) or _name(weight.storage_dtype)
+    if weight is None or not weight.is_floating_point() or weight.dtype.itemsize > 1:
         return ""
+    return _name(weight.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def bare(patcher: Any, key: str, live: Any) -> Any:
+    """The parameter ``live`` without what is merged into it for the clone that was loaded last.
+
+    Clones of a model share its modules and one backup of what ComfyUI patched in them.
+    """
+    kept = patcher.backup.get(key)
+    return live if kept is None else kept.weight
 
 
 @contextmanager
@@ -86,13 +109,16 @@ def parameters(
         module, dtype=dtype, device=device, bias_dtype=torch.float32, offloadable=True
     )
     try:
-        smoothing = getattr(module, "pre_quant_scale", None)
-        full = wide(weight, device) if values else weight
-        if smoothing is not None and values:  # the layer multiplies its input by it
-            full = full * wide(smoothing, device)
-        yield full, bias
+        yield full(weight, module, device) if values else weight, bias
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def full(weight: Any, module: Any, device: torch.device) -> Tensor:
+    """A weight of ``module`` as it acts, float32, on ``device``."""
+    smoothing = getattr(module, "pre_quant_scale", None)  # the layer multiplies its input by it
+    plain = wide(weight, device)
+    return plain if smoothing is None else plain * wide(smoothing, device)
 
 
 def wide(tensor: Any, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch.nn as nn
 
+from ...core.adapters.padded import RESHAPE
 from ...core.errors import AdapterLabError
 from .layers import quantised
 from .parts import Part, acts_on_layer
@@ -40,11 +41,19 @@ def choose(asked: str, modules: Mapping[str, nn.Module], parts: Sequence[Part]) 
     """The mode for ``parts``, on a model with these modules by path.
 
     Raises:
-        AdapterLabError: merging is asked for, and a strength that changes while sampling.
+        AdapterLabError: a strength that changes while sampling, and merging is asked for or a
+            weight would change its shape.
     """
     if not parts:
         return Mode(MERGE, "with nothing to do at strength 0")
     varies = any(part.varies for part in parts)
+    growing = [part.path for part in parts if part.varies and RESHAPE in part.algorithm.tensors]
+    if growing:
+        raise AdapterLabError(
+            "An adapter that makes weights larger cannot follow a schedule",
+            found=f"a larger weight for {', '.join(growing[:3])}",
+            fix="Empty 'schedule', or give it one strength",
+        )
     if asked == MERGE and varies:
         raise AdapterLabError(
             "Merged weights cannot follow a schedule",
@@ -59,17 +68,22 @@ def choose(asked: str, modules: Mapping[str, nn.Module], parts: Sequence[Part]) 
     elif varies:
         why = "because the strength changes while sampling"
     elif formats:
-        total = len({part.path for part in parts})
-        name = formats.most_common(1)[0][0]
-        why = f"because {formats.total()} of its {total} layers are quantised ({name})"
+        why = _why(formats, len({part.path for part in parts}))
     else:
         return Mode(MERGE, "because the weights are not quantised")
     left = (part for part in parts if not acts_on_layer(modules[part.path], part))
     return Mode(BYPASS, why, sum(not part.varies for part in left))
 
 
+def _why(formats: Counter[str], total: int) -> str:
+    count, name = formats.total(), formats.most_common(1)[0][0]
+    if total == 1:
+        return f"because its layer is quantised ({name})"
+    verb = "is" if count == 1 else "are"
+    return f"because {count} of its {total} layers {verb} quantised ({name})"
+
+
 def _formats(modules: Mapping[str, nn.Module], parts: Iterable[Part]) -> Counter[str]:
     """How many of the parts' layers are quantised, by format."""
     paths = {part.path for part in parts}
-    weights = (getattr(modules[path], "weight", None) for path in paths)
-    return Counter(form for w in weights if w is not None and (form := quantised(w)))
+    return Counter(form for path in paths if (form := quantised(modules[path])))

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from ...core import schedule as schedules
+from ...core.adapters import ALGORITHMS
 from ...core.archs import ArchSpec, detect
 from ...core.errors import AdapterLabError
 from ...core.files import Adapter
@@ -18,7 +19,7 @@ from ...core.keys.blocks import BlockWeights
 from ...core.schedule import Schedule
 from .adapter import merge
 from .bypass import attach
-from .layers import parameters, submodules
+from .layers import bare, full, submodules
 from .mode import BYPASS, Mode, choose
 from .parts import Part, acts_on_layer
 from .values import is_patchable
@@ -32,6 +33,7 @@ class Applied:
 
     Attributes:
         mode: of the diffusion model, or of the text encoder where the file has nothing else.
+        strength: what the adapter's change is multiplied by, "" where that is 1 everywhere.
     """
 
     model: Any
@@ -39,17 +41,28 @@ class Applied:
     report: Report
     mode: Mode
     schedule: Schedule = Schedule()
+    strength: str = ""
 
     def to_text(self) -> str:
-        """The report with a line for the mode."""
+        """The report with a line for the mode and one for a strength that is not 1."""
         verdict, *rest = self.report.to_text().split("\n")
-        return "\n".join((verdict, self.mode.to_text(), *rest))
+        strength = [f"Strength: {self.strength}"] if self.strength else []
+        return "\n".join((verdict, self.mode.to_text(), *strength, *rest))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data, with "mode" and, where the strength changes, "schedule"."""
+        """The report as data, with "mode", "strength" and, where it changes, "schedule"."""
         varying = self.schedule.constant is None
         points = {"schedule": [list(point) for point in self.schedule.points]} if varying else {}
-        return {**self.report.to_dict(), "mode": self.mode.to_dict(), **points}
+        more = {"mode": self.mode.to_dict(), "strength": self.strength or "1"}
+        return {**data(self.report), **more, **points}
+
+
+def data(report: Report) -> dict[str, Any]:
+    """The report as data for the panel: each match with the title of its algorithm."""
+    given: dict[str, Any] = report.to_dict()
+    rows = given["matched"].items()
+    titled = {stem: {**row, "title": ALGORITHMS[row["algorithm"]].title} for stem, row in rows}
+    return {**given, "matched": titled}
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -64,10 +77,19 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def index(model: Any, clip: Any = None) -> ModelIndex:
     """Everything an adapter can reach in MODEL and CLIP."""
-    found = shapes(model.model)
+    found = _unpatched(model)
     if clip is not None:
-        found |= shapes(clip.cond_stage_model)
+        found |= _unpatched(clip.patcher)
     return ModelIndex(found)
+
+
+def _unpatched(patcher: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes without what some clone in memory has merged: a patch may widen a weight."""
+    found = shapes(patcher.model)
+    for key, kept in patcher.backup.items():
+        if key in found:
+            found[key] = tuple(kept.weight.shape)
+    return found
 
 
 def architecture(model: Any) -> ArchSpec | None:
@@ -114,7 +136,20 @@ def apply(
         # A text encoder runs before sampling and knows no progress.
         clip, other = _adapted(clip, _parts(encoder, strength_clip, weights, Schedule()), mode)
         chosen = chosen if diffusion or not encoder else other
-    return Applied(adapted, clip, report, chosen, over)
+    strength = _strength(strength_model, strength_clip if clip and encoder else 1.0, over)
+    return Applied(adapted, clip, report, chosen, over, strength)
+
+
+def _strength(model: float, clip: float, schedule: Schedule) -> str:
+    """Strengths as the report names them: "0.3 x 0.5 (schedule), text encoder 0.8"."""
+    constant, text = schedule.constant, f"{model:g}"
+    if constant is None:
+        text = f"{model:g} x the schedule" if model != 1 else "that of the schedule"
+    elif constant != 1:
+        text = f"{model:g} x {constant:g} (schedule)"
+    if clip != 1:
+        text = f"{text}, text encoder {clip:g}"
+    return "" if text == "1" else text
 
 
 def require_fit(report: Report, advice: str = "") -> None:
@@ -163,7 +198,7 @@ def _adapted(target: Any, parts: Sequence[Part], asked: str) -> tuple[Any, Mode]
     # A clone is born with the mark of a model that it has not touched yet.
     patcher.is_injected = False
     modules = submodules(patcher.model)
-    parts = [_beside_weight(part, modules[part.path]) for part in parts]
+    parts = [_beside_weight(part, patcher, modules[part.path]) for part in parts]
     mode = choose(asked, modules, parts)
     layers: list[Part] = []
     values: list[Part] = []
@@ -182,10 +217,10 @@ def _adapted(target: Any, parts: Sequence[Part], asked: str) -> tuple[Any, Mode]
     return clone, mode
 
 
-def _beside_weight(part: Part, module: Any) -> Part:
-    """What acts on a bias told of the weight beside it, where it needs to know that."""
+def _beside_weight(part: Part, patcher: Any, module: Any) -> Part:
+    """What acts on a bias told of the model's own weight beside it, where it needs to know that."""
     if part.name != "bias" or part.algorithm.reads_output:
         return part
-    with parameters(module, torch.device("cpu")) as (weight, _):
-        rows = weight if part.slice is None else weight.narrow(*part.slice)
-        return replace(part, algorithm=part.algorithm.settled(rows))
+    weight = full(bare(patcher, f"{part.path}.weight", module.weight), module, torch.device("cpu"))
+    rows = weight if part.slice is None else weight.narrow(*part.slice)
+    return replace(part, algorithm=part.algorithm.settled(rows))

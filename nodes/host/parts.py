@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ...core.adapters import Algorithm
+from ...core.adapters import Algorithm, merge_all
 from ...core.adapters.padded import RESHAPE
 from ...core.schedule import Schedule
 from .layers import dims
@@ -58,15 +58,9 @@ class Part:
 def merged(weight: Tensor, parts: Iterable[Part], progress: float = 0.0) -> Tensor:
     """W'(m) of every part one after another, in the dtype of ``weight``, which is left alone."""
     full = weight.detach().to(torch.float32, copy=True)
-    for part in parts:
-        strength = part.at(progress)
-        if strength == 0:
-            continue
-        piece = full if part.slice is None else full.narrow(*part.slice)
-        done = part.algorithm.at(strength).merge(piece)
-        if part.slice is None:
-            full = done  # of another shape where the adapter asks for one
-    return full.to(weight.dtype)
+    strengths = ((part, part.at(progress)) for part in parts)
+    acting = ((part.slice, part.algorithm.at(m)) for part, m in strengths if m)
+    return merge_all(full, acting).to(weight.dtype)
 
 
 def acts_on_layer(module: nn.Module, part: Part) -> bool:

@@ -12,6 +12,7 @@ import nodes
 
 from ...core.atomic import telling
 from ...core.errors import AdapterLabError
+from ...core.files import config_beside
 from ...core.train.checkpoints import TrainRun
 
 PACK = Path(__file__).resolve().parents[2]
@@ -74,6 +75,13 @@ def stamp(path: str | Path) -> tuple[int, int]:
     """What changes when a file is replaced, so that ComfyUI reads it again."""
     found = Path(path).stat()
     return found.st_mtime_ns, found.st_size
+
+
+def adapter_stamp(name: str) -> tuple[int, ...]:
+    """The same of a listed adapter file and of the config that belongs to it, if any."""
+    path = adapter_path(name)
+    config = config_beside(path)
+    return (*stamp(path), *(stamp(config) if config else ()))
 
 
 def checked_name(name: str, what: str) -> str:

@@ -23,6 +23,7 @@ from ...core.adapters import Algorithm
 from ...core.archs import ArchSpec
 from ...core.errors import AdapterLabError
 from ...core.tensors import Op
+from .bypass import KEY
 from .layers import dims, operation
 from .model import DIFFUSION
 
@@ -53,25 +54,38 @@ class Session:
         model: ModelPatcher; its patches are applied, so training goes on top of them.
         adapters: module name inside the diffusion model -> trainable algorithm.
         blocks: names of the modules to checkpoint, none for no checkpointing.
+
+    Raises:
+        AdapterLabError: the model cannot be loaded as training needs it, or the strength of an
+            adapter on it changes while sampling.
     """
 
     def __init__(self, model: Any, adapters: Mapping[str, Algorithm], blocks: list[str]) -> None:
         # Weights of a dynamic model may be evicted between forward and backward.
         self.patcher = _static(model) if model.is_dynamic() else model
+        # Factors beside the layers are models of their own, which only a sampler loads by itself.
+        self.held = self.patcher.get_nested_additional_models()
         self.adapters, self.blocks = adapters, blocks
         self._stack = ExitStack()
+        acting = self.patcher.get_attachment(KEY)
+        if acting and acting.varies:
+            raise AdapterLabError(
+                "A model whose adapter follows a schedule cannot be trained on",
+                fix="Empty 'schedule' on the adapter node before Train Adapter",
+            )
 
     def __enter__(self) -> Session:
         with self._stack as stack:
             # Loading patches weights in place, which inference tensors allow only in their mode.
             comfy.model_management.load_models_gpu(
-                [self.patcher], memory_required=_ALL_MEMORY, force_full_load=True
+                [self.patcher, *self.held], memory_required=_ALL_MEMORY, force_full_load=True
             )
             self.model = self.patcher.model
             self._require_loaded()
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_plain_tensors(self.model))
+            for patcher in (self.patcher, *self.held):
+                stack.enter_context(_plain_tensors(patcher.model))
             stack.enter_context(_in_training())
             network = self.model.diffusion_model
             for module in network.modules():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -25,14 +25,22 @@ def is_patchable(module: nn.Module, name: str) -> bool:
     return not any(True for child in module.children() for _ in child.parameters())
 
 
+class _Kept(NamedTuple):
+    """What ComfyUI wants to know of a parameter that something stands in for."""
+
+    weight: Any
+    inplace_update: bool = False
+
+
 class Value:
     """The merged value of one parameter, in its place until ``remove``.
 
-    Above that of another clone it is in its place, and gives the place back.
+    Above that of another clone it is in its place, and gives the place back. Meanwhile the original
+    is in the backup that all clones share, where those look who read a model without its patches.
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[Part]) -> None:
-        self.table, self.name = parts[0].module(model)._parameters, parts[0].name
+    def __init__(self, patcher: Any, parts: Sequence[Part]) -> None:
+        self.table, self.name = parts[0].module(patcher.model)._parameters, parts[0].name
         given: Any = self.table[self.name]
         self.below: Value | None = vars(given).get(_OWNER)
         self.original: Any = original(given)
@@ -40,6 +48,9 @@ class Value:
         vars(self.value)[_OWNER] = self
         self.is_active = True
         self.table[self.name] = self.value
+        self.backup, self.key = patcher.backup, parts[0].key
+        self.kept = self.below.kept if self.below else _Kept(self.original)
+        self.backup.setdefault(self.key, self.kept)
 
     def remove(self) -> None:
         """Restore what was there, unless others took the place since."""
@@ -50,6 +61,8 @@ class Value:
         while below and not below.is_active:
             below = below.below
         self.table[self.name] = below.value if below else self.original
+        if not below and self.backup.get(self.key) is self.kept:
+            del self.backup[self.key]
 
 
 def original(parameter: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -22,5 +24,6 @@ import folder_paths  # noqa: E402
 logging.disable(logging.INFO)
 comfy.utils.set_progress_bar_enabled(False)
 FOLDER = Path(tempfile.mkdtemp(prefix="adapter-lab-bench-"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 folder_paths.set_output_directory(str(FOLDER / "output"))
 folder_paths.add_model_folder_path("loras", str(FOLDER / "loras"))

@@ -25,6 +25,7 @@ from pairs import peak, timed
 from torch import Tensor, nn
 
 PAIRS, RANK = 7, 16
+AGREEMENT = 1e-5  # of the change: float32 in another order of operations
 SIZES = (*[1536] * 48, *[3072] * 12)
 MODULES = {
     "lora": LoConModule,
@@ -82,6 +83,14 @@ def _time(merge: Merge, make: Callable[[str, int], Patch], algorithm: str) -> Ca
     return timed(lambda: _drop(merge(w, patches[len(w)]) for w in weights))
 
 
+def _require_agreement(algorithm: str) -> None:
+    """ComfyUI is right where alpha is 0 or the rank and the strength 1: else times mean nothing."""
+    weight = torch.randn(256, 256)
+    mine, theirs = (patched(weight.clone(), make(algorithm, 256)) for make in (ours, comfyui))
+    apart = float((mine - theirs).norm() / (theirs - weight).norm())
+    assert apart < AGREEMENT, f"{algorithm}: the results are {apart:.2g} apart"
+
+
 def _drop(results: Iterable[Tensor]) -> None:
     for _ in results:
         pass
@@ -96,6 +105,8 @@ def _memory(make: Callable[[str, int], Patch], algorithm: str) -> Callable[[], f
 def _bench(algorithm: str, peer: str) -> Callable[..., None]:
     def bench(measure: Callable[..., None]) -> None:
         with torch.inference_mode():
+            if peer == "ComfyUI":
+                _require_agreement(algorithm)
             if peer == "memory":
                 sizes = (_memory(make, algorithm) for make in (ours, comfyui))
                 measure(*sizes, "ComfyUI", "fp32 matrices", 3)

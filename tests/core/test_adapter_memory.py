@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
-from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, Algorithm
+from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, Algorithm, load
 from adapter_lab.core.tensors import Op
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,3 +75,35 @@ def test_no_dense_delta_is_kept_for_backward(algorithm: str) -> None:
     dense = weight.nbytes
     assert saved_for_backward(adapter, lambda: adapter.delta(weight)) < dense / 8
     assert saved_for_backward(adapter, lambda: adapter.bypass(x, Op(), weight)) < dense / 8
+
+
+class Dense(TorchDispatchMode):
+    """How many tensors of a size or more are alive at once, among those that are made."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.most = numel, 0
+        self.alive: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        for made in tree_leaves(result):
+            is_new = isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known
+            if is_new and made.numel() >= self.numel:
+                self.alive[id(made)] = made
+                self.most = max(self.most, len(self.alive))
+        return result
+
+
+def test_merging_glora_of_peft_makes_two_dense_matrices_at_most() -> None:
+    n = 128
+    paths = {f"glora_{p}.Xd": torch.randn(n, 4) for p in "AB"}
+    adapter = load({**paths, **{f"glora_{p}.Xu": torch.randn(4, n) for p in "AB"}})
+    weight = torch.randn(n, n)
+    with Dense(n * n) as merging:
+        adapter.merge(weight)
+    assert 0 < merging.most <= 2
+    with Dense(n * n) as dense:
+        adapter.delta(weight)
+    assert dense.most > merging.most

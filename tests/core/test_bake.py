@@ -232,6 +232,36 @@ def test_nothing_that_fits_changes_nothing_and_says_so():
         raise report.error()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_integers_are_refused(dtype: torch.dtype):
+    file, _ = lora("net.0", 6, 5)
+    with pytest.raises(AdapterLabError, match=r"net\.0\.weight' is quantised.*found u?int8"):
+        merge_into({"net.0.weight": torch.ones(6, 5, dtype=dtype)}, file)
+
+
+@pytest.mark.parametrize("first", ["plain", "control"])
+def test_a_plain_adapter_beside_one_that_enlarges_the_weight(first: str):
+    """FLUX.1's img_in under a control file and a style: in either order the same."""
+    key, stems = "model.diffusion_model.img_in.weight", {
+        "plain": "diffusion_model.img_in", "control": "transformer.x_embedder",
+    }  # fmt: skip
+    weights = flux()
+    plain, small = lora(stems["plain"], H, 4)
+    control, large = lora(stems["control"], H, 8)
+    control[f"{stems['control']}.reshape_weight"] = torch.tensor([H, 8])
+    file = plain | control if first == "plain" else control | plain
+    expected = 0.5 * large
+    expected[:, :4] += weights[key] + 0.5 * small
+    merged, report = merge_into(weights, file, 0.5)
+    assert not report.unmatched
+    torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-5)
+    if first == "control":
+        turned = {k: t for k, t in file.items() if stems["plain"] not in k}
+        turned[f"{stems['plain']}.set_weight"] = torch.ones(H, 4)
+        with pytest.raises(AdapterLabError, match="that another adapter has enlarged"):
+            merge_into(weights, turned)
+
+
 def test_scaled_weights_are_refused():
     """Their numbers are not the weights: merging would add a delta of another size."""
     factors = {"lora_up.weight": torch.ones(4, 2), "lora_down.weight": torch.ones(2, 4)}

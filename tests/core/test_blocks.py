@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,9 @@ PATHS = (
         ("@attention = 0.5", (2, 3)),
         ("# double_blocks = 0.5\n\n  img_in=0.5  # only this", (0,)),
         ("img.in = 0.5", ()),
+        ("diffusion_model.double_blocks.3 = 0.5", (1, 2)),
+        ("diffusion_model.double_blocks.3.img_attn.qkv.weight = 0.5", (2,)),
+        ("double_blocks.*.weight = 0.5", (1, 2, 3, 4)),
     ],
 )
 def test_what_a_line_hits(text, hit):
@@ -55,6 +59,22 @@ def test_text_encoders_are_below_their_part():
     assert weights.weight_of("clip_l") == 0.5
 
 
+@pytest.mark.parametrize("part", ["clip_l", "t5xxl", "mistral3_24b", "gpt_oss", "jina_clip_2"])
+def test_the_group_of_text_encoders(part):
+    weights = parse("@text_encoder = 0.5")
+    assert weights.weight_of("model.layers.0.mlp", part) == 0.5
+    assert weights.weight_of("clip_mapper") == weights.weight_of("text_encoders_in") == 1
+
+
+def test_many_stars_take_no_time():
+    start = time.process_time()
+    weights = parse("*a" * 12 + "b = 0.5\n" + "*a" * 12 + " = 0.25")
+    assert weights.weight_of("a" * 60) == 0.25
+    assert weights.weight_of("a" * 60 + "b") == 0.5
+    assert weights.weight_of("a" * 11 + "b") == 1
+    assert time.process_time() - start < 5
+
+
 def test_lines_that_hit_nothing_are_told():
     weights = parse("double_blocks.3 = 0.5\nblocks.3 = 0.5\nclip_l = 2")
     places = [(path, "model") for path in PATHS]
@@ -72,6 +92,8 @@ def test_lines_that_hit_nothing_are_told():
         ("= 1", "Line 1"),
         ("a = nan", "Line 1"),
         ("a =", "Line 1"),
+        ("a.{3-1} = 1", r"Line 1.*\{3-1\}"),
+        ("a.{0-99999999999} = 1", "Line 1.*10000"),
         ("@nothing = 1", "Line 1.*@nothing.*@attention"),
     ],
 )

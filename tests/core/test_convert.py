@@ -11,7 +11,7 @@ from adapter_lab.core.archs import ARCHITECTURES
 from adapter_lab.core.bake import merge_into
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.files import Adapter
-from adapter_lab.core.keys import FORMATS, ModelIndex, convert, resolve
+from adapter_lab.core.keys import FORMATS, ModelIndex, convert, describe, resolve
 from adapter_lab.core.keys.fuse import join, take
 from adapter_lab.core.keys.stems import read_stems
 from torch import Tensor
@@ -137,9 +137,9 @@ def test_other_tensors_in_every_spelling(spelling):
         source[f"diffusion_model.{path}.dora_scale"] = torch.rand(FLUX[path][0], 1) + 1
         source[f"diffusion_model.{path}.diff_b"] = torch.randn(FLUX[path][0])
     source["diffusion_model.final_layer.adaLN_modulation.1.diff"] = torch.randn(2 * H, H)
-    written = convert(source, spelling)
+    written = convert(source, spelling, "flux")  # HunyuanVideo's blocks have the same names
     check_same(source, written)
-    check_same(source, convert(written, "comfyui"))
+    check_same(source, convert(written, "comfyui", "flux"))
 
 
 @pytest.mark.parametrize("spec", MODELS, ids=lambda spec: spec.id)
@@ -185,6 +185,26 @@ def test_a_fused_module_that_was_cut_is_joined_to_what_it_was():
     assert all(torch.equal(back[key], source[key]) for key in source)
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_names_without_a_prefix(spelling):
+    """XLabs' and Black Forest Labs'; ComfyUI has a name for the q, k and v of a single block."""
+    torch.manual_seed(0)
+    source = Adapter({"img_in.lora_A.weight": torch.randn(2, 4),
+                      "img_in.lora_B.weight": torch.randn(H, 2)})  # fmt: skip
+    for name, shape in {"double_blocks.0.processor.qkv_lora1": (3 * H, H),
+                        "single_blocks.1.processor.qkv_lora": (3 * H, H),
+                        "single_blocks.1.processor.proj_lora": (H, 5 * H)}.items():  # fmt: skip
+        source[f"{name}.up.weight"] = torch.randn(shape[0], 2)
+        source[f"{name}.down.weight"] = torch.randn(2, shape[1])
+    assert describe(source).architecture == "flux"
+    written = convert(source, spelling)
+    check_same(source, written)
+    if spelling == "comfyui":
+        names = ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1_qkv",
+                 "single_blocks.1.linear2")  # fmt: skip
+        assert set(read_stems(written)) == {f"diffusion_model.{name}" for name in names}
+
+
 def test_names_that_trainers_give_an_architecture():
     """sd-scripts: diffusers names for SD1.5, original ones for SDXL."""
     path = "middle_block.1.transformer_blocks.0.attn1.to_q"
@@ -216,6 +236,14 @@ T5 = "encoder.block.0.layer.1.DenseReluDense.wi_0"
          f"text_encoders.t5xxl.transformer.{T5}"),
         (f"text_encoders.t5xxl.transformer.{T5}", "kohya", None,
          f"lora_te3_{T5.replace('.', '_')}"),
+        (f"lora_te2_{Q.replace('.', '_')}", "comfyui", "hunyuan_video",
+         f"text_encoders.clip_l.transformer.{Q}"),
+        (f"text_encoders.clip_l.transformer.{Q}", "kohya", "hunyuan_video",
+         f"lora_te2_{Q.replace('.', '_')}"),
+        (f"text_encoder_2.{Q}", "comfyui", "hunyuan_video",
+         f"text_encoders.clip_l.transformer.{Q}"),
+        ("lora_te1_layers_0_mlp_up_proj", "comfyui", "hunyuan_video",
+         "text_encoders.llama.transformer.model.layers.0.mlp.up_proj"),
         ("lora_te_layers_0_mlp_up_proj", "comfyui", None,
          "text_encoders.transformer.model.layers.0.mlp.up_proj"),
         ("text_encoders.qwen3_4b.transformer.model.layers.0.mlp.up_proj", "kohya", None,

@@ -42,7 +42,7 @@ def test_text_encoders():
         _, report = resolve(file, MODEL)
         whose = "a text encoder" if prefix == "lora_te_" else f"the text encoder clip_{which}"
         assert list(report.unmatched.values()) == [
-            f"for {whose}, which is not among the given weights"
+            f"for {whose}, which is not among the given weights: connect its clip"
         ]
     _, report = resolve(lora("lora_unet_img_in", (8, 4)), CLIP)
     assert "for the diffusion model" in report.unmatched["lora_unet_img_in"]
@@ -71,6 +71,11 @@ LLM = "model.layers.0.self_attn.q_proj"
         (("qwen25_7b",), f"text_encoders.qwen25_7b.transformer.{LLM}",
          f"qwen25_7b.transformer.{LLM}"),
         (("qwen25_7b",), f"text_encoders.transformer.{LLM}", f"qwen25_7b.transformer.{LLM}"),
+        (("clip_l", "clip_g", "t5xxl", "llama"), f"lora_te4_{LLM.replace('.', '_')}",
+         f"llama.transformer.{LLM}"),
+        (("qwen3_06b",), "text_encoder.qwen3.layers.0.self_attn.q_proj",
+         f"qwen3_06b.transformer.{LLM}"),
+        (("clip_l",), f"text_encoder.base_model.model.{Q}", f"clip_l.transformer.{Q}"),
         (("clip_h",), f"lora_te_{Q.replace('.', '_')}", f"clip_h.transformer.{Q}"),
         (("clip_g",), f"lora_prior_te_{Q.replace('.', '_')}", f"clip_g.transformer.{Q}"),
         (("clip_l",), f"text_encoder.{Q.removeprefix('text_model.')}", f"clip_l.transformer.{Q}"),

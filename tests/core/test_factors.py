@@ -104,7 +104,28 @@ BROKEN = {
         {"lora_embedding_A": E(2, 9), "lora_embedding_B": E(4, 2), "lora_up.weight": E(4, 2)},
         "two matrices.*lora_up.weight",
     ),
-    "bias alone": ({"lora_up.bias": E(4)}, "missing.*lora_up.weight"),
+    "bias alone": ({"lora_up.bias": E(4)}, "missing.*found lora_up.bias, expected lora_up.weight"),
+    "DoRA beside a bias": (
+        {"diff_b": E(4), "dora_scale": E(4, 1)}, "'dora_scale' has no factors.*diff_b",
+    ),
+    "scalar beside a bias": (
+        {"diff_b": E(4), "scalar": torch.tensor(2.0)}, "'scalar' has no factors",
+    ),
+    "padding beside a bias": (
+        {"diff_b": E(4), "reshape_weight": torch.tensor([4, 6])}, "'reshape_weight' has no factors",
+    ),
+    "scalar of two values": ({"diff": E(4), "scalar": E(2)}, r"scalar is not a number.*\(2,\)"),
+    "scalar NaN": ({"diff": E(4), "scalar": torch.tensor(math.nan)}, "scalar is not finite"),
+    "complex alpha": (
+        {"lora_up.weight": E(4, 2), "lora_down.weight": E(2, 4), "alpha": torch.tensor(1j)},
+        "alpha is not a number.*complex64",
+    ),
+    "alpha of full LoKr": (
+        {"lokr_w1": E(2, 2), "lokr_w2": E(2, 2), "alpha": E(3)}, r"alpha is not a number.*\(3,\)",
+    ),
+    "alpha NaN of full LoKr": (
+        {"lokr_w1": E(2, 2), "lokr_w2": E(2, 2), "alpha": torch.tensor(math.nan)}, "not finite",
+    ),
     "bias of another layer": (
         {"lora_up.weight": E(4, 2), "lora_down.weight": E(2, 4), "lora_up.bias": E(5)},
         r"multiply.*lora_up.bias \(5,\)",
@@ -190,8 +211,11 @@ def test_two_full_kron_factors_ignore_alpha_but_not_a_scale_from_outside() -> No
         loaded = load({**full, "alpha": torch.tensor(alpha)})
         assert loaded is not None and loaded.scale == 1
         assert torch.equal(loaded.delta(weight), kron(*full.values()))
-    huge = load({**full, "alpha": torch.tensor(1e4)})
-    assert huge is not None and float(huge.state()["alpha"]) == 1e4
+    # LyCORIS' users ask for full factors with a rank of 10000 or 10000000000.
+    for asked, rank in ((1e4, 2), (1e10, 2), (math.inf, 2), (1.0, 1)):
+        huge = load({**full, "alpha": torch.tensor(asked)})
+        assert huge is not None and huge.rank == rank
+        assert float(huge.state()["alpha"]) == (asked if math.isfinite(asked) else rank)
     outside = load(full, scale=0.5)
     assert outside is not None
     assert torch.equal(outside.delta(weight), 0.5 * kron(*full.values()))

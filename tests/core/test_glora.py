@@ -6,7 +6,14 @@ import itertools
 
 import pytest
 import torch
-from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, Algorithm, load, load_parts
+from adapter_lab.core.adapters import (
+    ALGORITHMS,
+    AdapterConfig,
+    Algorithm,
+    Ordered,
+    load,
+    load_parts,
+)
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.tensors import Op
 from hypothesis import given
@@ -172,6 +179,16 @@ BROKEN = {
     "a kernel in A": ({**PAIRS, "a2.weight": E(2, 4, 3)}, r"multiply.*a2\.weight \(2, 4, 3\)"),
     "core": ({**PAIRS, "bm.weight": E(2, 2, 3)}, "bm.weight is not supported"),
     "peft without A and B": ({"glora_D.X": E(1)}, "missing.*expected A, B"),
+    "peft zeros": (
+        {"glora_A.zeros": E(4), "glora_B.X": E(4, 1)}, r"multiply.*glora_A\.zeros \(4,\)",
+    ),
+    "glokr with a kernel in A": (
+        {
+            "glokr_a_w1": E(2, 2), "glokr_a_w2": E(2, 2, 1, 1), "glokr_b_w1": E(2, 2),
+            "glokr_b_w2": E(2, 2),
+        },
+        "do not fit together",
+    ),
     "peft half": ({"glora_A.Xd": E(4, 2)}, r"missing.*expected glora_A\.Xu"),
     "peft twice": ({"glora_A.X": E(1), "glora_A.zeros": E(4, 4)}, "given twice.*glora_A.zeros"),
     "peft product": ({"glora_A.Xd": E(4, 2), "glora_A.Xu": E(3, 4)}, "multiply"),
@@ -266,6 +283,27 @@ def test_peft_bias_from_the_weight(kind: str) -> None:
     # without a bias peft leaves that path off
     _, state = peft_module(False, config_C=kind)
     assert "bias" not in load_parts(state)
+
+
+@pytest.mark.parametrize("kind", ["lora", "vector"])
+def test_peft_bias_of_rows_in_another_order(kind: str) -> None:
+    """The path from the weight reads the rows that the file means, and keeps only what it needs."""
+    module, state = peft_module(True, config_C=kind)
+    weight, bias = (p.detach() for p in (module.base_layer.weight, module.base_layer.bias))
+    part, order = load_parts(state)["bias"], torch.randperm(40, generator=rng(3))
+    assert {name[6] for name in part.tensors} == {"C", "D", "E"} and not part.reads_output
+    want = torch.empty(40)
+    want[order] = part.settled(weight[order]).delta(bias[order])
+    settled = Ordered(part, order).settled(weight)
+    assert torch.equal(settled.delta(bias), want) and settled.reads_output
+
+
+def test_peft_bias_from_another_width_is_a_misfit() -> None:
+    adapter = load({"glora_A.X": torch.ones(6, 1), "glora_C.X": torch.ones(7, 1)})
+    assert "7 input channels" in adapter.misfit((6, 4)) and adapter.misfit((6, 7)) is None
+    # of a path that is off peft keeps zeros
+    off = load_parts({"glora_A.X": torch.ones(6, 1), "glora_C.zeros": torch.zeros(7, 1)})
+    assert off.keys() == {"weight"} and off["weight"].misfit((6, 4)) is None
 
 
 # GLoKr

@@ -124,6 +124,28 @@ def test_a_square_convolution_is_scaled_on_outputs_without_a_config() -> None:
         adapter.configured({"feedforward_modules": "(b", "module": "a.b"})
 
 
+@pytest.mark.parametrize("shape", [(1, 12, 1), (1, 12, 1, 1), (1, 1)])
+def test_a_side_that_only_a_config_tells_is_saved(shape: tuple[int, ...]) -> None:
+    n, unit = shape[1], shape[2:]
+    weight, config = randn(n, n, *(3 for _ in unit)), {"feedforward_modules": ["b"]}
+    file = load({"ia3_l": randn(*shape).bfloat16()})
+    for module, bias in (("a.b", False), ("a.c", True)):
+        adapter = file.configured({**config, "module": module})
+        for m in (1.0, 0.5):
+            part = adapter.at(m)
+            again = load_parts(part.state())
+            assert torch.allclose(again["weight"].delta(weight), part.delta(weight), atol=0.02)
+            assert ("bias" in again) == bias
+    told = file.configured({**config, "module": "a.b"})
+    assert torch.equal(load(told.state()).delta(weight), told.delta(weight))
+
+
+@pytest.mark.parametrize("listed", [5, [5], {"b": 1}, 0.5])
+def test_modules_that_are_no_names(listed: object) -> None:
+    with pytest.raises(AdapterLabError, match="feedforward_modules.*not usable"):
+        load({"ia3_l": randn(1, 4, 1)}).configured({"feedforward_modules": listed})
+
+
 def test_a_lone_weight_is_something_else() -> None:
     weight = torch.ones(4)
     assert load({"weight": weight}) is None

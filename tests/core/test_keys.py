@@ -239,9 +239,14 @@ def test_unwrap():
         "module.diffusion_model.a.b",
         "model.diffusion_model.a.b",
         "module.model.diffusion_model._orig_mod.a.b",
+        "diffusion_model.a._fsdp_wrapped_module.b",
+        "diffusion_model.a._checkpoint_wrapped_module.b",
     ):
         assert unwrap(wrapped) == "diffusion_model.a.b"
     assert unwrap("lora_unet__orig_mod_a_b") == "lora_unet_a_b"
+    assert unwrap("base_model.model.model.diffusion_model.a") == (
+        "base_model.model.diffusion_model.a"
+    )
     assert unwrap("my_module.model.a") == "my_module.model.a"
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, load
+from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, Ordered, load
 from adapter_lab.core.archs import ARCHITECTURES
 from adapter_lab.core.keys import block_norms, resolve
-from adapter_lab.core.keys.norms import delta_norm
+from adapter_lab.core.keys.norms import delta_norm, needs_weight
 
 H = 8
 FLUX = {
@@ -40,6 +40,31 @@ def test_what_depends_on_the_weight_needs_it():
     assert algorithm is not None and delta_norm(algorithm) is None
     merged = torch.nn.functional.normalize(weight + up @ down, dim=1)
     assert delta_norm(algorithm, weight) == pytest.approx(float((merged - weight).norm()), rel=1e-4)
+
+
+def test_rows_in_another_order_have_the_norm_of_theirs():
+    """A delta that depends on the weight is that of the rows as the file has them."""
+    torch.manual_seed(0)
+    weight, order = torch.randn(H, H), torch.randperm(H)
+    pairs = {f"{n}.weight": torch.randn(*((H, 2) if n[1] == "1" else (2, H)))
+             for n in ("a1", "a2", "b1", "b2")}  # fmt: skip
+    ordered = Ordered(load(pairs), order)
+    merged = ordered.merge(weight.clone())
+    assert delta_norm(ordered, weight) == pytest.approx(float((merged - weight).norm()), rel=1e-4)
+    assert delta_norm(ordered) is None
+    up, down = torch.randn(H, 2), torch.randn(2, H)
+    plain = Ordered(load({"lora_up.weight": up, "lora_down.weight": down}), order)
+    assert delta_norm(plain) == pytest.approx(float((up @ down).norm()), rel=1e-5)
+
+
+def test_what_takes_a_corner_needs_the_width():
+    a, b = torch.randn(2, H + 4), torch.randn(H, 2)
+    vectors = {"vera_lambda_b": torch.ones(H), "vera_lambda_d": torch.ones(2)}
+    algorithm = load({"vera_A": a, "vera_B": b, **vectors})
+    assert delta_norm(algorithm) is None and delta_norm(Ordered(algorithm, torch.arange(H))) is None
+    assert needs_weight(algorithm) and needs_weight(Ordered(algorithm, torch.arange(H)))
+    expected = float((b @ a[:, :H]).norm())
+    assert delta_norm(algorithm, torch.randn(H, H)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_by_block_in_the_order_of_the_model():

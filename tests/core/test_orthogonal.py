@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -177,6 +178,10 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "alpha": ({"oft_blocks": noise(2, 3, 3), "alpha": noise(2)}, "alpha is not a number"),
     "too many stages": ({"oft_blocks": noise(4, 4, 2, 2)}, "no butterfly"),
     "odd blocks": ({"oft_blocks": noise(2, 4, 3, 3)}, "no butterfly"),
+    "one stage of odd blocks": ({"oft_blocks": noise(1, 4, 3, 3)}, "BOFT blocks have no halves"),
+    "a constraint below 0": (
+        {"kohya_oft_blocks": noise(2, 4, 4), "alpha": torch.tensor(-0.1)}, "below 0.*-0.1",
+    ),
     "a range missing": ({f"kohya_oft_blocks.{i}": noise(1, 2, 2) for i in (0, 2)}, "incomplete"),
     "whole and ranges": (
         {"kohya_oft_blocks": noise(1, 2, 2), "kohya_oft_blocks.0": noise(1, 2, 2)}, "incomplete",
@@ -184,6 +189,10 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "no triangle": ({"oft_R.weight": noise(3, 7)}, "no triangles"),
     "gains alone": ({"boft_s": noise(4, 1)}, "Which rotation"),
     "reflections": ({"hra_u": noise(4)}, "not a matrix"),
+    "two strengths": ({"hra_u": noise(4, 2), "hra_strength": noise(2)}, "hra_strength is not a"),
+    "strength NaN": (
+        {"hra_u": noise(4, 2), "hra_strength": torch.tensor(math.nan)}, "strength is not finite",
+    ),
     "strength alone": ({"hra_strength": torch.tensor(0.5)}, "missing"),
 }  # fmt: skip
 
@@ -197,13 +206,25 @@ def test_broken_files(name: str) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"num_cayley_neumann_terms": 0}, {"eps": "small"}, {"num_cayley_neumann_terms": None}],
+    [
+        *({"num_cayley_neumann_terms": n} for n in (0, None, 0.5, math.inf, math.nan, True)),
+        *({"coft": True, "eps": eps} for eps in ("small", 0, math.inf, None)),
+    ],
 )
 def test_broken_config(config: dict[str, Any]) -> None:
     adapter = load(FILES["oft_peft"])
     assert adapter is not None
     with pytest.raises(AdapterLabError, match="adapter_config.json"):
         adapter.configured(config)
+
+
+def test_settings_that_are_off_may_be_anything() -> None:
+    adapter, weight = load(FILES["oft_peft"]), noise(OUT, COLUMNS)
+    assert adapter is not None
+    plain = adapter.configured({"coft": False, "eps": 0})
+    assert torch.equal(plain.delta(weight), adapter.delta(weight)) and not plain.traits
+    exact = {"use_cayley_neumann": False, "num_cayley_neumann_terms": None}
+    assert adapter.configured(exact).delta(weight).norm() > 0
 
 
 def test_no_butterfly_for_the_layer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -301,6 +302,8 @@ def test_two_modules_on_the_same_rows_are_both_applied_with_a_warning():
     entries, report = resolve(file, MODEL)
     assert [e.slice for e in entries] == [None, (0, 0, H)]
     assert any("more than one module" in text and QKV in text for text in report.warnings)
+    twice = lora(QKV, (3 * H, H)) | lora(f"module.{QKV}", (3 * H, H))
+    assert any("the same module twice" in text for text in resolve(twice, MODEL)[1].warnings)
     apart = lora("transformer.transformer_blocks.0.attn.to_k", (H, H))
     apart |= lora("transformer.transformer_blocks.0.attn.to_q", (H, H))
     assert not resolve(apart, MODEL)[1].warnings
@@ -359,6 +362,20 @@ def test_nonsense_costs_no_minutes():
     _, report = resolve(file, MODEL)
     assert len(report.unmatched) == 26
     assert 0 < sum("nearest" in reason for reason in report.unmatched.values()) < 26
+
+
+@pytest.mark.parametrize("shape", ["foo.{0}.bar{0}.thing{0}.weird{0}", "{0}.lora_upp.weight"])
+def test_a_hundred_thousand_keys_cost_no_minutes(shape):
+    start = time.process_time()
+    _, report = resolve({shape.format(n): torch.ones(1) for n in range(100_000)}, MODEL)
+    assert len(report.unmatched) == 100_000
+    assert time.process_time() - start < 60
+
+
+def test_a_checkpoint_is_called_one():
+    path = "double_blocks.0.img_attn.qkv"
+    _, report = resolve({f"{path}.weight": torch.ones(2, 2)}, MODEL)
+    assert "of a model and not of an adapter" in report.unmatched[path]
 
 
 def test_empty_file_and_empty_model():

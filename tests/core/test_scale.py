@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import diffusers
@@ -64,7 +65,10 @@ def test_no_scale_is_assumed_where_there_is_none():
 
 @pytest.mark.parametrize(
     ("dim", "alpha", "found"),
-    [("8", "4", 0.5), ("8", "4.0", 0.5), ("Dynamic", "4", 1.0), ("8", "None", 1.0)],
+    [
+        ("4", "2", 0.5), ("4", "2.0", 0.5), ("Dynamic", "2", 1.0), ("4", "None", 1.0),
+        ("8", "2", 1.0),  # of another rank than the module's: resized since
+    ],
 )
 def test_network_metadata(dim, alpha, found):
     metadata = {"ss_network_dim": dim, "ss_network_alpha": alpha}
@@ -72,6 +76,29 @@ def test_network_metadata(dim, alpha, found):
     assert scale(lora(PROJ, alpha=12.0), metadata) == 3
     _, report = resolve(Adapter(lora(PROJ), metadata), MODEL)
     assert len(report.warnings) == (found == 1.0)
+
+
+def test_converters_fold_alpha_in_and_keep_the_metadata():
+    """musubi-tuner's convert_lora and sd-scripts' convert_flux_lora write peft's names so."""
+    metadata = {"ss_network_dim": "4", "ss_network_alpha": "1"}
+    names = {"lora_up": "lora_B", "lora_down": "lora_A"}
+    converted = {
+        key.replace(ours, theirs): tensor
+        for key, tensor in lora(PROJ).items()
+        for ours, theirs in names.items()
+        if ours in key
+    }
+    assert len(converted) == 2 and scale(converted, metadata) == 1
+
+
+def test_many_patterns_cost_no_minutes():
+    """As many as modules, more than ``re`` keeps compiled."""
+    paths = [f"blocks.{n}.attn.to_q" for n in range(750)]
+    config = {"r": 4, "lora_alpha": 4, "rank_pattern": dict.fromkeys(paths, 2),
+              "alpha_pattern": {path: n for n, path in enumerate(paths)}}  # fmt: skip
+    start = time.process_time()
+    assert [config_scale(config, path) for path in paths] == [n / 2 for n in range(750)]
+    assert time.process_time() - start < 20
 
 
 def test_network_metadata_of_convolutions():
@@ -127,6 +154,8 @@ def test_rank_stabilised_glora_of_lycoris():
     assert scale(glora, metadata) == 3
     assert scale(glora) == 1.5
     assert scale(lora(PROJ, alpha=6.0), metadata) == 1.5
+    again = convert(Adapter(glora, metadata), "kohya", "flux")
+    assert scale(again, again.metadata) == 3
 
 
 def test_rank_stabilised_full_lokr_of_lycoris():
@@ -141,6 +170,10 @@ def test_rank_stabilised_full_lokr_of_lycoris():
     metadata = {"ss_network_args": args, "ss_network_dim": "64", "ss_network_alpha": "64"}
     assert scale(state, metadata) == pytest.approx(module.scale)
     assert module.scale == 8 and scale(state) == 1
+    again = convert(Adapter(state, metadata), "comfyui", "flux")
+    (one,), (two,) = (resolve(file, MODEL)[0] for file in (Adapter(state, metadata), again))
+    weight = torch.zeros(H, H)
+    torch.testing.assert_close(one.algorithm.delta(weight), two.algorithm.delta(weight))
 
 
 def test_diffusers_metadata(tmp_path: Path):
@@ -159,7 +192,8 @@ def test_diffusers_metadata(tmp_path: Path):
     )
     adapter = read_adapter(tmp_path / "pytorch_lora_weights.safetensors")
     assert "lora_adapter_metadata" in adapter.metadata and adapter.config is None
-    for file in (adapter, convert(adapter, "diffusers"), convert(adapter, "kohya")):
+    converted = (convert(adapter, form, "flux") for form in ("diffusers", "kohya"))
+    for file in (adapter, *converted):
         _, report = resolve(file, MODEL)
         found = {stem.rpartition("to_")[2]: match.scale for stem, match in report.matched.items()}
         if QKV not in found:

@@ -13,7 +13,9 @@ import peft
 import pytest
 import torch
 from adapter_lab.core.bake import merge_into
+from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.files import read_adapter
+from adapter_lab.core.keys import convert
 from lycoris import LycorisNetwork, create_lycoris
 from torch import Tensor, nn
 
@@ -69,6 +71,10 @@ PEFT = {
     "bias": (
         peft.LoraConfig,
         {"r": 4, "lora_alpha": 6, "lora_bias": True, "target_modules": ["to_q", "to_out.0"]},
+    ),
+    "all biases": (
+        peft.LoraConfig,
+        {"r": 4, "lora_alpha": 6, "bias": "lora_only", "target_modules": ["to_q", "to_out.0"]},
     ),
     "embedding": (peft.LoraConfig, {"r": 4, "lora_alpha": 8, "target_modules": ["embed", "to_q"]}),
     "dora": (
@@ -154,6 +160,37 @@ def test_peft(kind: str, tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path)
     expected = wrapped.merge_and_unload().state_dict()
     check(base, expected, tmp_path / "adapter_model.safetensors")
+
+
+# Alone, these two have the names of a UNet, which ComfyUI calls otherwise.
+AS_UNET = {"diffusion_model.input_blocks.0.0": "conv_in", "diffusion_model.out.2": "conv_out"}
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_converted(kind: str, tmp_path: Path) -> None:
+    """Without its config a converted file does what it did with it."""
+    torch.manual_seed(0)
+    model = Model()
+    base = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    make, options = PEFT[kind]
+    wrapped = peft.get_peft_model(model, make(**options))
+    randomise({n: p for n, p in wrapped.named_parameters() if p.requires_grad})
+    wrapped.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path / "adapter_model.safetensors")
+    expected, _ = merge_into(base, adapter)
+    if kind == "vera regenerated":
+        with pytest.raises(AdapterLabError, match="and the model to make them for"):
+            convert(adapter, "comfyui")
+        return
+    converted = convert(adapter, "comfyui")
+    assert converted.config is None
+    stems = {key for key in AS_UNET if any(name.startswith(key + ".") for name in converted)}
+    merged, report = merge_into(base, converted, targets={key: AS_UNET[key] for key in stems})
+    assert not report.unmatched and set(merged) == set(expected)
+    for name, tensor in merged.items():
+        effect = (expected[name] - base[name]).norm()
+        error = (tensor - expected[name]).norm()
+        assert error <= TOLERANCE * effect + ROUNDING * base[name].norm(), name
 
 
 LYCORIS = {

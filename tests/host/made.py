@@ -46,7 +46,8 @@ def factors(name: str, shape: Shape, seed: int = 0, std: float = 0.1) -> Factors
     if name in _READ:
         sizes = _READ[name](out, columns)
         std = {"vera": 1.0, "tlora": 0.3}.get(name, std)
-        return {s: torch.randn(size, generator=rng) * std for s, size in sizes.items()}
+        made = {s: torch.randn(size, generator=rng) * std for s, size in sizes.items()}
+        return {s: t.abs() if s == "alpha" else t for s, t in made.items()}  # a constraint
     if name == "set":
         return {"set_weight": torch.randn(shape, generator=rng) * columns**-0.5}
     try:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import comfy.lora
 import comfy.model_management
 import comfy.sd
+import folder_paths
 import pytest
 import torch
 import torch.nn as nn
 from adapter_lab.core.errors import AdapterLabError
-from adapter_lab.core.files import Adapter
+from adapter_lab.core.files import Adapter, write_adapter
 from adapter_lab.nodes.host import model as host
 from adapter_lab.nodes.host.adapter import AdapterPatch
 from adapter_lab.nodes.host.session import layers
+from adapter_lab.nodes.load import AdapterFile, LoadAdapter
 from comfy.model_patcher import LowVramPatch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
 from comfy.supported_models_base import ClipTarget
@@ -167,6 +169,27 @@ def test_low_memory_patch_in_half_precision(load):
     expected = modules[name](torch.eye(128)).detach() - modules[name].org_module[0].bias.detach()
     assert patched.dtype == torch.bfloat16
     torch.testing.assert_close(patched.float(), expected.T, rtol=1e-2, atol=1e-2)
+
+
+def test_file_is_read_again_when_its_config_comes(tmp_path):
+    """peft's config, which holds the scale, is put beside the file or changed."""
+    folder_paths.add_model_folder_path("loras", str(tmp_path))
+    file, config = tmp_path / "fresh_peft.safetensors", tmp_path / "adapter_config.json"
+    rng = torch.Generator().manual_seed(0)
+    names = {"lora_A": (4, 128), "lora_B": (384, 4)}
+    stem = f"base_model.model.{LAYERS['flux'][0]}"
+    made = {f"{stem}.{n}.weight": torch.randn(s, generator=rng) for n, s in names.items()}
+    write_adapter(file, made)
+    stamps = []
+    for text in ("", '{"r": 4, "lora_alpha": 32}', '{"r": 4, "lora_alpha": 8.0}'):
+        if text:
+            config.write_text(text)
+        for node in (LoadAdapter, AdapterFile):
+            stamps.append(node.fingerprint_inputs(adapter_name=file.name))
+            assert node.fingerprint_inputs(adapter_name=file.name) == stamps[-1]
+    assert len(set(stamps)) == 3
+    write_adapter(tmp_path / "other.safetensors", made)  # whose of the two is it now?
+    assert LoadAdapter.fingerprint_inputs(adapter_name=file.name) == stamps[0]
 
 
 def test_model_of_another_architecture(load):

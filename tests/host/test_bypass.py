@@ -236,6 +236,21 @@ def test_factors_are_loaded_and_counted_by_comfyui(model):
     assert held in adapted.get_nested_additional_models()
     assert len(apply(adapted, file, mode="bypass").get_additional_models_with_key(KEY)) == 2
     assert adapted.get_additional_models_with_key(KEY) == [held]
+    raw = made.adapter({"blocks.0.modulation": {"diff": torch.ones(1, 6, 128)}})
+    assert not apply(model("wan"), raw).get_additional_models_with_key(KEY)
+
+
+def test_factors_follow_the_layer(model):
+    """ComfyUI loads a text encoder alone: its factors stay where they were read."""
+    base, path = model("flux"), LAYERS["flux"][0]
+    file = made.adapter({path: made.factors("lora", shape(base, path))})
+    adapted = apply(base, file, mode="bypass")
+    before = run(adapted, "flux")
+    (term,) = base.model.get_submodule(f"diffusion_model.{path}").forward.terms
+    for name in ("meta", "cpu"):
+        assert term.set(0.0, torch.device(name))
+        assert {t.device.type for t in term.algorithm.tensors.values()} == {name}
+    assert torch.equal(prediction(adapted, "flux"), before)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
+import comfy.model_management
+import made
 import pytest
 import torch
 import torch.nn as nn
 from adapter_lab.core.files import Adapter
+from adapter_lab.nodes.host import model as host
 from adapter_lab.nodes.host.session import layers
 from adapter_lab.nodes.inspect import InspectAdapter
-from adapter_lab.nodes.plots import block_plot
+from adapter_lab.nodes.plots import block_plot, loss_plot
+from adapter_lab.nodes.types import panel
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.lokr import LokrModule
 
@@ -16,6 +22,7 @@ BLOCKS = {
     "double_blocks.0": ["double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.0"],
     "single_blocks.0": ["single_blocks.0.linear2"],
 }
+PATH = "double_blocks.0.img_attn.qkv"
 
 
 def written(model, build, **options):
@@ -102,3 +109,61 @@ def test_plot_has_a_bar_for_each_block():
 
 def test_nothing_to_draw_is_an_empty_plot():
     assert block_plot([]).shape == block_plot([("a", 1.0)]).shape
+
+
+def random_adapter(model, algorithm="oft"):
+    size = tuple(layers(model)[PATH].weight.shape)
+    return made.adapter({PATH: made.factors(algorithm, size)})
+
+
+def test_measures_the_models_own_weights(load):
+    """Whatever is merged into them at the moment, for another clone."""
+    model = load("flux")
+    file, size = random_adapter(model), tuple(layers(model)[PATH].weight.shape)
+    with torch.inference_mode():
+        before = inspect(file, model)[2]["norms"]
+        other = made.adapter({PATH: {"diff": torch.ones(size)}})
+        comfy.model_management.load_models_gpu([host.apply(model, None, other).model])
+        assert float(layers(model)[PATH].weight.mean()) > 0.9
+        assert inspect(file, model)[2]["norms"] == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_says_which_blocks_are_broken(load, bad):
+    """JSON has no word for these, and a browser reads none that has."""
+    model = load("flux")
+    file, _ = written(model, LoConModule)
+    broken = "lora_unet_single_blocks_0_linear2.lora_up.weight"
+    file[broken][0, 0] = bad
+    text, plot, shown = inspect(file, model)
+    assert [block for block, _ in shown["norms"]] == ["double_blocks.0"]
+    assert "single_blocks.0" in dict(shown["facts"])["broken"] and "not finite" in text
+    assert plot.isfinite().all()
+    json.dumps(shown, allow_nan=False)
+
+
+def test_can_be_cancelled(load):
+    model = load("flux")
+    file = random_adapter(model)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        inspect(file, model)
+
+
+def test_loss_that_is_not_finite_is_left_out():
+    bad = [1.0, 0.5, float("nan"), float("inf"), 0.25]
+    plot = loss_plot(bad, [(2, 0.5), (4, float("nan"))])
+    assert plot.isfinite().all() and loss_plot([float("nan")], []).shape == plot.shape
+    assert plot.unique().numel() > loss_plot([], []).unique().numel()
+    shown = panel("", {"losses": bad, "validation": [(4, float("-inf"))]})["adapter_lab"][0]
+    assert shown["losses"] == [1.0, 0.5, None, None, 0.25] and shown["validation"] == [[4, None]]
+
+
+def test_broken_file_is_described_beside_a_model(load):
+    file = Adapter({f"diffusion_model.{PATH}.lora_up.weight": torch.ones(4, 2)}, name="half")
+    text, _, data = inspect(file, load("flux"))
+    assert "lora_down.weight" in data["text"] and "half: 1 modules" in text
+
+
+def test_any_name_can_be_drawn():
+    assert block_plot([("a\nb\0c", 1.0), ("x" * 500, 2.0)]).shape == block_plot([]).shape

@@ -9,7 +9,9 @@ import comfy.sd
 import made
 import pytest
 import torch
+import torch.nn.functional as F
 from adapter_lab.core.errors import AdapterLabError
+from adapter_lab.core.files import Adapter
 from adapter_lab.nodes.host import model as host
 from samples import close, differs, prediction, run
 
@@ -160,3 +162,116 @@ def test_schedule_cannot_be_merged(model):
     with pytest.raises(AdapterLabError, match="schedule"):
         host.apply(base, None, file, mode="merge", schedule="0@0, 1@1")
     assert host.apply(base, None, file, mode="merge", schedule="0.5@0").mode.chosen == "merge"
+
+
+def test_larger_weight_cannot_follow_a_schedule(model):
+    base = model("flux")
+    tensors = {"lora_up.weight": torch.ones(128, 4), "lora_down.weight": torch.ones(4, 128)}
+    file = made.adapter({"img_in": {**tensors, "reshape_weight": torch.tensor([128, 128])}})
+    with pytest.raises(AdapterLabError, match=r"img_in.*schedule"):
+        host.apply(base, None, file, schedule="0@0, 1@1")
+    assert host.apply(base, None, file, schedule="0.5").mode.chosen == "merge"
+
+
+@pytest.mark.parametrize("mode", ["merge", "bypass"])
+def test_bias_of_the_models_own_weight(model, mode):
+    """A bias that depends on the weight beside it, whatever is merged there for another clone."""
+    base, path = model("flux"), LAYERS[0]
+    out, width = shape(base, path)
+    rng = torch.Generator().manual_seed(3)
+    left, right = torch.randn(width, 4, generator=rng), torch.randn(4, 1, generator=rng)
+    more = {"glora_C.Xd": left * 0.3, "glora_C.Xu": right * 0.3}
+    file = made.adapter({path: {**made.factors("glora_peft", (out, width)), **more}})
+    other = apply(base, made.adapter({path: {"diff": torch.ones(out, width)}}), mode="merge")
+    run(base, "flux")
+    expected = run(apply(base, file, mode=mode), "flux")
+    run(other, "flux")
+    assert torch.equal(run(apply(base, file, mode=mode), "flux"), expected)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "own"])
+def test_padding_that_is_changed_later(model, mode):
+    """Seamless tiling: the layer's mode, or, along one axis, its own way to convolve."""
+    base, path = model("sd15"), "input_blocks.1.0.in_layers.2"
+    layer = base.model.get_submodule(f"diffusion_model.{path}")
+    file = made.adapter({path: made.factors("lora", shape(base, path))})
+    adapted = [apply(base, file, mode=how) for how in ("merge", "bypass")]
+    x = torch.randn(1, layer.in_channels, 5, 6, generator=torch.Generator().manual_seed(0))
+
+    def along_x(x, weight, bias):
+        x = F.pad(F.pad(x, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
+        return F.conv2d(x, weight, bias, layer.stride)
+
+    def outputs():
+        for loaded in (base, *adapted):
+            comfy.model_management.load_models_gpu([loaded])
+            yield layer(x).clone()
+
+    before = list(outputs())
+    if mode == "own":
+        layer._conv_forward = along_x
+    else:
+        layer.padding_mode = mode
+    try:
+        bare, merged, beside = outputs()
+        close(beside - bare, merged - bare)
+    finally:
+        layer.padding_mode = "zeros"
+        vars(layer).pop("_conv_forward", None)
+    changes = merged - bare, before[1] - before[0]
+    assert mode == "zeros" or float((changes[0] - changes[1]).norm() / changes[1].norm()) > 0.1
+    assert all(map(torch.equal, outputs(), before))
+
+
+def test_stand_ins_are_no_part_of_the_model(model):
+    """What ModelMerge reads of a model while a clone of it has an adapter on."""
+    base, key = model("wan"), "diffusion_model.blocks.0.modulation"
+    file = made.adapter({"blocks.0.modulation": {"diff": torch.ones(1, 6, 128)}})
+    own = base.get_key_patches()[key][0][0]
+    live = base.model.diffusion_model.blocks[0]
+    once = apply(base, file)
+    twice = apply(once, file, 0.5)
+    for adapted, change in ((once, 1.0), (twice, 1.5), (once, 1.0)):
+        run(adapted, "wan")
+        close(live.modulation - own, torch.full_like(own, change))
+        for reader in (base, once, twice):
+            assert reader.get_key_patches()[key][0][0] is own
+    comfy.model_management.unload_all_models()
+    assert live.modulation is own and key not in base.backup
+
+
+@pytest.mark.parametrize(
+    ("strengths", "how", "said"),
+    [
+        ((1.0, 0.5), {}, None),
+        ((0.3, 1.0), {}, "Strength: 0.3"),
+        ((0.3, 1.0), {"schedule": "0.5"}, "Strength: 0.3 x 0.5 (schedule)"),
+        ((0.3, 1.0), {"schedule": "0@0, 1@1"}, "Strength: 0.3 x the schedule"),
+        ((1.0, 1.0), {"schedule": "0@0, 1@1"}, "Strength: that of the schedule"),
+    ],
+)
+def test_report_says_the_strength(model, strengths, how, said):
+    base, path = model("flux"), LAYERS[0]
+    file = made.adapter({path: made.factors("lora", shape(base, path))})
+    done = host.apply(base, None, file, *strengths, **how)
+    lines = [line for line in done.to_text().split("\n") if line.startswith("Strength")]
+    assert lines == ([said] if said else [])
+    (row,) = done.to_dict()["matched"].values()
+    assert row["title"] == "LoRA"
+
+
+def test_a_widened_weight_of_another_clone_is_not_seen(load):
+    """ComfyUI leaves what it merged for one clone in the modules that all share."""
+    model = load("flux")
+    name = "diffusion_model.img_in"
+    before = host.index(model)["img_in"]
+    wider = {f"{name}.lora_up.weight": torch.ones(before[0], 2),
+             f"{name}.lora_down.weight": torch.ones(2, 2 * before[1]),
+             f"{name}.reshape_weight": torch.tensor([before[0], 2 * before[1]])}  # fmt: skip
+    other = host.apply(model, None, Adapter(wider)).model
+    other.patch_model()
+    try:
+        assert model.model.diffusion_model.img_in.weight.shape[1] == 2 * before[1]
+        assert host.index(model)["img_in"] == before
+    finally:
+        other.unpatch_model()

@@ -28,7 +28,7 @@ CONTRACT = {
     "AdapterLabApply": "model clip adapter strength_model strength_clip mode on_unmatched "
     "block_weights schedule alpha",
     "AdapterLabInspect": "adapter model",
-    "AdapterLabSave": "adapter filename_prefix key_format dtype metadata",
+    "AdapterLabSave": "adapter filename_prefix key_format dtype metadata architecture",
     "AdapterLabDataset": "latents conditioning mask name",
     "AdapterLabDatasetLoad": "name",
     "AdapterLabDatasetItem": "dataset index",

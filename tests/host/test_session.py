@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import comfy.model_management
+import made as made_factors
 import pytest
 import samples
 import torch
 from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig
+from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.train.random import generator
 from adapter_lab.nodes.host import session as host
-from adapter_lab.nodes.host.model import architecture
+from adapter_lab.nodes.host.model import apply, architecture
 from adapter_lab.nodes.host.process import HostProcess
+from adapter_lab.nodes.host.session import layers
 
 KINDS = ("flux", "wan", "sd15")
 
@@ -177,3 +180,61 @@ def test_target_is_what_the_network_was_trained_to_say(load, kind):
         target = process.target(x0, process.corrupt(x0, noise, sigma), sigma)
         expected = noise if kind == "sd15" else noise - x0
     torch.testing.assert_close(target, expected, rtol=1e-3, atol=1e-3)
+
+
+def adapted(model, algorithm, **how):
+    """The model with an adapter on that was read, as ComfyUI runs nodes, in inference mode."""
+    path = "double_blocks.0.img_attn.qkv"
+    size = tuple(layers(model)[path].weight.shape)
+    dora = algorithm == "dora"
+    factors = made_factors.dora("lora", size) if dora else made_factors.factors(algorithm, size)
+    with torch.inference_mode():
+        file = made_factors.adapter({path: {n: t.clone() for n, t in factors.items()}})
+        return apply(model, None, file, **how).model
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("algorithm", ["lora", "oft", "glora", "dora"])
+def test_gradients_on_top_of_an_adapter(load, algorithm, sampled):
+    """Beside the weights they are those of the merged model, also where it was sampled before."""
+    model, found = load("flux"), {}
+    trained = adapters(model, ["img_in", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"])
+    for mode in ("merge", "bypass"):
+        chosen = adapted(model, algorithm, mode=mode)
+        if sampled:
+            with torch.inference_mode():
+                samples.run(chosen, "flux")
+        found[mode] = gradients(chosen, trained, [])
+    bare = gradients(model, trained, [])
+    assert found["bypass"][0] == pytest.approx(found["merge"][0], rel=1e-4)
+    assert found["bypass"][0] != pytest.approx(bare[0], rel=1e-4)
+    for merged, beside in zip(found["merge"][1], found["bypass"][1], strict=True):
+        samples.close(beside, merged, 1e-3)
+
+
+def test_factors_that_are_no_inference_tensors(load):
+    """Of an adapter that was just trained: what sampling computed from them is of no use here."""
+    model, path = load("flux"), "double_blocks.0.img_attn.qkv"
+    factors = made_factors.factors("oft", tuple(layers(model)[path].weight.shape))
+    beside = apply(model, None, made_factors.adapter({path: factors}), mode="bypass").model
+    trained = adapters(model, ["img_in"])
+    with torch.inference_mode():
+        before = samples.run(beside, "flux")
+    assert gradients(beside, trained, [])[1][0].norm() > 0
+    with torch.inference_mode():
+        assert torch.equal(samples.run(beside, "flux"), before)
+
+
+def test_factors_are_loaded_with_the_model(load):
+    beside = adapted(load("flux"), "lora", mode="bypass")
+    (held,) = beside.get_nested_additional_models()
+    comfy.model_management.unload_all_models()
+    with torch.inference_mode(), host.Session(beside, {}, []):
+        assert held in [loaded.model for loaded in comfy.model_management.current_loaded_models]
+
+
+def test_a_schedule_cannot_be_trained_on(load):
+    model = adapted(load("flux"), "lora", schedule="0@0, 1@1")
+    with pytest.raises(AdapterLabError, match="schedule"):
+        host.Session(model, {}, [])
+    host.Session(adapted(load("flux"), "lora", schedule="0.5"), {}, [])

@@ -75,7 +75,7 @@ def test_opens_to_a_table_and_folds_again(front: FrontEnd) -> None:
     front.screenshot("report-opened")
     headings = panel.locator("th").all_inner_texts()
     assert headings == ["module", "target"], "what is the same for all modules is said once"
-    expect(panel.locator(".shared")).to_have_text("Each: lora, rank 2, scale 1, strength 1")
+    expect(panel.locator(".shared")).to_have_text("Each: LoRA, rank 2, scale 1")
     assert rows(panel) == [f"{name}\t{name}" for name in SHAPES]
     assert size(front, node)[1] > before[1] and size(front, node)[0] > before[0]
     assert front.run()[0] == "execution_success"
@@ -176,7 +176,7 @@ def test_draws_the_schedule_and_shows_strengths(front: FrontEnd) -> None:
     assert (peak - left) / (right - left) == pytest.approx(0.25)
     assert (bottom - middle) / (bottom - top) == pytest.approx(0.5)
     expect(panel).to_contain_text("bypass, because the strength changes")
-    assert panel.locator("th").all_inner_texts() == ["module", "target", "strength"]
+    assert panel.locator("th").all_inner_texts() == ["module", "target", "block weight"]
     strengths = [row.split("\t")[2] for row in rows(panel)]
     assert strengths == ["1", "1", "0.5"]
 
@@ -257,6 +257,23 @@ def test_draws_the_loss_of_a_training_run(front: FrontEnd) -> None:
     expect(panel.locator("svg.loss circle")).to_have_count(3)
     box = panel.locator("svg.loss").bounding_box()
     assert box and box["width"] > 200 and box["height"] > 80
+
+
+def test_leaves_out_of_pictures_what_is_not_finite(front: FrontEnd) -> None:
+    drawn = """async () => {
+      const [{ chart }, { bars }] = await Promise.all(["chart", "bars"].map(
+        (name) => import(`/extensions/adapter-lab/lib/${name}.mjs`)));
+      const loss = chart([1, 0.5, null, 0.25], [[2, 0.5], [4, null]]);
+      const norms = bars([["a.0", null], ["a.1", 2]]);
+      return [loss.innerHTML, loss.querySelectorAll("circle").length,
+        loss.querySelector(".batch").points.numberOfItems, norms.innerHTML,
+        norms.querySelectorAll("rect").length, bars([["a.0", null]]),
+        chart([null], []).innerHTML, loss.querySelector("svg").getAttribute("role")];
+    }"""
+    loss, dots, points, norms, count, nothing, empty, role = front.js(drawn)
+    assert "NaN" not in loss + norms + empty and nothing is None
+    assert (dots, points, count, role) == (1, 3, 1, "img")
+    assert "<title>Loss over 4 steps, mean training loss 1 to 0.25, held-out loss 0.5 to" in loss
 
 
 @pytest.mark.parametrize("kind", ["AdapterLabConfig", "AdapterLabOptimizer", "KSampler"])

@@ -8,10 +8,12 @@ const [LEFT, TOP, RIGHT, BOTTOM] = [38, 10, 316, 84];
 const WIDEST = 40;
 
 /**
- * @param {[string, number][]} norms (block, norm) in the order of the model
- * @returns {HTMLElement}
+ * @param {[string, number | null][]} given (block, norm) in the order of the model
+ * @returns {HTMLElement | null} null where no norm is a number
  */
-export function bars(norms) {
+export function bars(given) {
+  const norms = given.filter(([, norm]) => Number.isFinite(norm));
+  if (!norms.length) return null;
   const high = Math.max(...norms.map(([, norm]) => norm)) || 1;
   const kinds = norms.map(([block]) => block.replace(/\.\d+$/, ""));
   const changes = kinds.filter((kind, i) => i && kind !== kinds[i - 1]).length;

@@ -1,6 +1,7 @@
 /** The loss curve of a training run as SVG. */
 
 import { element, label, polyline, svg } from "./dom.mjs";
+import { number } from "./table.mjs";
 
 const [WIDTH, HEIGHT] = [320, 140];
 const [LEFT, TOP, RIGHT, BOTTOM] = [38, 8, 312, 108];
@@ -8,16 +9,20 @@ const POINTS = 400;
 
 /**
  * Training loss faintly, its mean over the last 5 % of the steps on top, held-out loss as dots.
+ * What is not finite is left out.
  *
- * @param {number[]} losses of step 1, 2, ..
- * @param {[number, number][]} validation (step, held-out loss)
+ * @param {(number | null)[]} losses of step 1, 2, ..
+ * @param {[number, number | null][]} heldOut (step, held-out loss)
  * @returns {HTMLElement}
  */
-export function chart(losses, validation) {
-  const means = thin(runningMean(losses, Math.max(1, Math.floor(losses.length / 20))));
+export function chart(losses, heldOut) {
+  const known = losses.map((loss, i) => [i + 1, loss]).filter(isKnown);
+  const validation = heldOut.filter(isKnown);
+  const batches = thin(known);
+  const means = thin(runningMean(known, Math.max(1, Math.floor(known.length / 20))));
   // The range of what is to be read: single batches may leave the picture.
   const shown = [...means, ...validation].map(([, loss]) => loss);
-  let [low, high] = [Math.min(...shown), Math.max(...shown)];
+  let [low, high] = shown.length ? [Math.min(...shown), Math.max(...shown)] : [0, 1];
   const pad = 0.15 * (high - low) || 0.1 * Math.abs(high) || 1;
   [low, high] = [low < 0 ? low - pad : Math.max(0, low - pad), high + pad];
   const x = (step) => LEFT + ((RIGHT - LEFT) * step) / losses.length;
@@ -26,7 +31,8 @@ export function chart(losses, validation) {
   const line = (name, points) =>
     polyline(name, points.map(([step, loss]) => [x(step), y(loss)]));
 
-  const root = svg("svg", { class: "loss", viewBox: `0 0 ${WIDTH} ${HEIGHT}` });
+  const root = svg("svg", { class: "loss", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
+  root.append(svg("title", {}, summary(losses.length, means, validation)));
   for (const share of [0, 0.25, 0.5, 0.75, 1]) {
     const value = low + (high - low) * share;
     root.append(svg("line", { class: "grid", x1: LEFT, x2: RIGHT, y1: y(value), y2: y(value) }));
@@ -36,7 +42,7 @@ export function chart(losses, validation) {
     const step = Math.round(losses.length * share);
     root.append(label(x(step), BOTTOM + 12, String(step), share === 1 ? "end" : "middle"));
   }
-  root.append(line("batch", thin(losses)), line("mean", means), line("held-out", validation));
+  root.append(line("batch", batches), line("mean", means), line("held-out", validation));
   for (const [step, loss] of validation) {
     const dot = svg("circle", { class: "held-out", cx: x(step), cy: y(loss), r: 2.5 });
     dot.append(svg("title", {}, `step ${step}: held-out loss ${loss.toFixed(4)}`));
@@ -47,18 +53,30 @@ export function chart(losses, validation) {
   return element("div", "plot", root);
 }
 
-/** Mean of each value and up to `window` - 1 before it. */
-function runningMean(values, window) {
+/** The curves in words. */
+function summary(steps, means, validation) {
+  const span = (points) => `${number(points[0][1])} to ${number(points.at(-1)[1])}`;
+  const parts = [`Loss over ${steps} steps`];
+  if (means.length) parts.push(`mean training loss ${span(means)}`);
+  if (validation.length) parts.push(`held-out loss ${span(validation)}`);
+  return parts.join(", ");
+}
+
+function isKnown([, loss]) {
+  return Number.isFinite(loss);
+}
+
+/** (step, mean of its value and of up to `window` - 1 before it). */
+function runningMean(points, window) {
   let sum = 0;
-  return values.map((value, i) => {
-    sum += value - (i >= window ? values[i - window] : 0);
-    return sum / Math.min(i + 1, window);
+  return points.map(([step, value], i) => {
+    sum += value - (i >= window ? points[i - window][1] : 0);
+    return [step, sum / Math.min(i + 1, window)];
   });
 }
 
-/** (step, value) of evenly spaced values, the last one among them. */
-function thin(values) {
-  const every = Math.ceil(values.length / POINTS);
-  const points = values.map((value, i) => [i + 1, value]);
-  return points.filter(([step]) => step % every === 0 || step === values.length);
+/** Evenly spaced ones of the points, the last one among them. */
+function thin(points) {
+  const every = Math.ceil(points.length / POINTS);
+  return points.filter((_, i) => (i + 1) % every === 0 || i === points.length - 1);
 }

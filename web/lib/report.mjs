@@ -17,9 +17,9 @@ import { table } from "./table.mjs";
  * @property {[number, number][]} [schedule] (sampling progress, strength)
  * @property {[string, string][]} [facts] (name, value)
  * @property {Record<string, string>} [metadata] of the file
- * @property {[string, number][]} [norms] (block, norm of its change)
- * @property {number[]} [losses] training loss of each step
- * @property {[number, number][]} [validation] (step, held-out loss)
+ * @property {[string, number | null][]} [norms] (block, norm of its change)
+ * @property {(number | null)[]} [losses] training loss of each step, null where it is not finite
+ * @property {[number, number | null][]} [validation] (step, held-out loss)
  */
 
 /**
@@ -69,7 +69,8 @@ function* details(report, first, view) {
     const heading = element("summary", "", `${metadata.length} entries of metadata`);
     yield element("details", "", heading, facts(metadata));
   }
-  if (report.norms?.length) yield bars(report.norms);
+  const drawn = bars(report.norms ?? []);
+  if (drawn) yield drawn;
   if (report.schedule?.length) yield curve(report.schedule);
   if (report.matched) yield table(report, view);
 }

@@ -14,22 +14,26 @@ const ORDER = new Intl.Collator("en", { numeric: true });
  * @property {string} key name of the weight
  * @property {[number, number, number] | null} slice axis, offset and length where it is a part
  * @property {string} algorithm
+ * @property {string} [title] of the algorithm
  * @property {number} rank
- * @property {number} scale
+ * @property {number | null} scale
  * @property {string[]} [traits]
- * @property {number} [strength]
+ * @property {number} [strength] factor on the strength of the whole adapter
  */
+
+const WEIGHT = "block weight";
 
 /** Heading and content of the columns that most files need only one value of. */
 const FACTS = [
-  ["algorithm", (match) => [match.algorithm, ...(match.traits ?? [])].join(" ")],
+  ["algorithm", (match) => [match.title ?? match.algorithm, ...(match.traits ?? [])].join(" ")],
   ["rank", (match) => String(match.rank)],
   ["scale", (match) => number(match.scale)],
-  ["strength", (match) => number(match.strength ?? 1)],
+  [WEIGHT, (match) => number(match.strength ?? 1)],
 ];
 
-/** A value to read, not to compute with. */
+/** A value to read, not to compute with; null is what JSON has for infinity and for no number. */
 export function number(value) {
+  if (!Number.isFinite(value)) return "not finite";
   return String(Number(value.toPrecision(4)));
 }
 
@@ -48,6 +52,7 @@ export function table({ matched, unmatched = {}, ignored = {} }, view) {
     const values = new Set(matches.map(value));
     if (values.size > 1) varying.push([title, value]);
     for (const only of values.size === 1 ? values : []) {
+      if (title === WEIGHT && only === "1") continue;
       shared.push(title === "algorithm" ? only : `${title} ${only}`);
     }
   }
@@ -118,7 +123,7 @@ class Rows {
     this.columns = headings.length;
     this.element = element("table");
     this.element.style.minWidth = `${NAMES + FACT * (headings.length - 2)}px`;
-    const names = headings.map((heading) => element("th", heading, heading));
+    const names = headings.map((heading) => element("th", heading.replace(" ", "-"), heading));
     for (const name of names) name.scope = "col";
     this.body = element("tbody");
     this.element.append(element("thead", "", element("tr", "", ...names)), this.body);
