@@ -51,6 +51,20 @@ def load(checkpoints: Callable[[str], Path]) -> Callable[[str], Any]:
     return loader
 
 
+@pytest.fixture(scope="module")
+def model(checkpoints: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Kind -> a model, the same for all tests: what one leaves behind the next one finds."""
+    loaded: dict[str, Any] = {}
+
+    def get(kind: str) -> Any:
+        if kind not in loaded:
+            with torch.inference_mode():
+                loaded[kind] = comfy.sd.load_diffusion_model(str(checkpoints(kind)))
+        return loaded[kind]
+
+    return get
+
+
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path) -> Path:
     """An output folder for each test."""

@@ -7,6 +7,7 @@ from typing import Any
 import comfy.model_management
 import torch
 from adapter_lab.core.train.data import TrainDataset, TrainItem
+from adapter_lab.nodes.host import model as host
 
 SHAPES = {
     "flux": (16, 8, 8), "wan": (16, 1, 8, 8), "sd15": (4, 8, 8), "sd3": (16, 8, 8),
@@ -62,3 +63,13 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4)
 def differs(actual: torch.Tensor, other: torch.Tensor) -> None:
     """Assert that the two are apart by much more than that."""
     assert float((actual - other).norm() / other.norm()) > 2e-3
+
+
+def apply(model: Any, file: Any, strength: float = 1.0, **how: Any) -> Any:
+    """``model`` with ``file`` on, all of which has to fit."""
+    return host.apply(model, None, file, strength, 1.0, "error", **how).model
+
+
+def shape(model: Any, path: str) -> tuple[int, ...]:
+    """Of the weight of the module ``path``."""
+    return host.shapes(model.model)[f"diffusion_model.{path}.weight"]

@@ -16,7 +16,7 @@ from adapter_lab.nodes.host import model as host
 from adapter_lab.nodes.host.bypass import KEY
 from adapter_lab.nodes.host.forward import Forward
 from safetensors.torch import load_file, save_file
-from samples import close, differs, prediction, run
+from samples import apply, close, differs, prediction, run, shape
 
 LAYERS = {
     "flux": [
@@ -38,32 +38,10 @@ NORM = "double_blocks.0.img_attn.norm.query_norm"
 QKV = "transformer.transformer_blocks.0.attn.to_"
 
 
-@pytest.fixture(scope="module")
-def model(checkpoints):
-    """Kind -> a model, the same for all tests: what one leaves behind the next one finds."""
-    loaded = {}
-
-    def get(kind):
-        if kind not in loaded:
-            with torch.inference_mode():
-                loaded[kind] = comfy.sd.load_diffusion_model(str(checkpoints(kind)))
-        return loaded[kind]
-
-    return get
-
-
 @pytest.fixture(autouse=True)
 def inference():
     with torch.inference_mode():
         yield
-
-
-def apply(model, file, strength=1.0, **how):
-    return host.apply(model, None, file, strength, 1.0, "error", **how).model
-
-
-def shape(model, path):
-    return host.shapes(model.model)[f"diffusion_model.{path}.weight"]
 
 
 def forwards(model):

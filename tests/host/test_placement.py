@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.files import Adapter
 from adapter_lab.nodes.host import model as host
-from samples import close, differs, prediction, run
+from samples import apply, close, differs, prediction, run, shape
 
 LAYERS = [
     "double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.0", "single_blocks.0.linear1",
@@ -26,32 +26,10 @@ NORMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(checkpoints):
-    """Kind -> a model, the same for all tests: what one leaves behind the next one finds."""
-    loaded = {}
-
-    def get(kind):
-        if kind not in loaded:
-            with torch.inference_mode():
-                loaded[kind] = comfy.sd.load_diffusion_model(str(checkpoints(kind)))
-        return loaded[kind]
-
-    return get
-
-
 @pytest.fixture(autouse=True)
 def inference():
     with torch.inference_mode():
         yield
-
-
-def apply(model, file, strength=1.0, **how):
-    return host.apply(model, None, file, strength, 1.0, "error", **how).model
-
-
-def shape(model, path):
-    return host.shapes(model.model)[f"diffusion_model.{path}.weight"]
 
 
 @contextmanager
