@@ -78,7 +78,7 @@ def _bench(make: Callable[[], tuple[Any, list[str]]], known: bool) -> Callable[.
         path = _file(model, stems)
 
         def names() -> ModelIndex:
-            return index(SimpleNamespace(model=model))
+            return index(SimpleNamespace(model=model, backup={}))
 
         def key_map() -> dict[str, str]:
             return comfy.lora.model_lora_keys_unet(model, {})
