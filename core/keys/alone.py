@@ -9,7 +9,7 @@ from .base import FORMATS
 from .places import find_spec, locate
 from .resolve import Entry
 from .scale import Scales
-from .stems import read_stems
+from .shared import read_modules
 
 _OWN = "comfyui"  # the format whose names are a model's own
 
@@ -22,7 +22,7 @@ def file_entries(adapter: Adapter) -> tuple[list[Entry], ArchSpec | None]:
     Raises:
         AdapterLabError: keys without a meaning, an unusable peft config.
     """
-    stems = [stem for stem in read_stems(adapter).values() if not stem.embedding]
+    stems = [stem for stem in read_modules(adapter).values() if not stem.embedding]
     spec, scales = find_spec(stems, adapter.metadata), Scales(adapter)
     entries: list[Entry] = []
     for stem in stems:

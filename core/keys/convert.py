@@ -18,8 +18,8 @@ from . import encoders, fuse
 from .base import FORMATS, KeyFormat
 from .places import Families, Place, find_specs, locate, modules_by_own
 from .scale import Scales, network_args
-from .shared import share
-from .stems import Stem, read_stems
+from .shared import read_modules
+from .stems import Stem
 
 _SCALE_METADATA = ("lora_adapter_metadata",)  # its names are those of the old keys
 
@@ -54,7 +54,7 @@ def convert(
             ones, or names of several architectures.
     """
     source = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
-    form, stems = FORMATS[format_id], _stems(source)
+    form, stems = FORMATS[format_id], read_modules(source)
     modules = {name: stem for name, stem in stems.items() if not stem.embedding}
     _refuse((s.name for s in modules.values() if s.unknown), form, "hold tensors unknown to it")
     if architecture:
@@ -238,16 +238,6 @@ def _form(form: KeyFormat, tensors: Mapping[str, Tensor], place: Place) -> KeyFo
         # ComfyUI reads diffusers' names of most models below diffusers' prefix only.
         return replace(form, prefixes=(("transformer.", ("model",)), *form.prefixes))
     return form
-
-
-def _stems(source: Adapter) -> dict[str, Stem]:
-    stems = read_stems(source)
-    for name, tensors in share({n: s.tensors for n, s in stems.items()}, source.config).items():
-        if tensors:
-            stems[name].tensors.update(tensors)
-        else:
-            del stems[name]
-    return stems
 
 
 def _metadata(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -16,7 +16,8 @@ from .base import FORMATS, guess
 from .places import find_spec
 from .report import title
 from .scale import Scales
-from .stems import Stem, read_stems
+from .shared import read_modules
+from .stems import Stem
 from .trainers import trainer
 
 _SHOWN = ("ss_", "sshs_", "modelspec.")
@@ -104,7 +105,7 @@ def describe(adapter: Adapter) -> Description:
     Raises:
         AdapterLabError: keys without a meaning, an unusable peft config.
     """
-    everything = read_stems(adapter)
+    everything = read_modules(adapter)
     stems = {name: stem for name, stem in everything.items() if not stem.embedding}
     form, scales = guess([stem.clean for stem in stems.values()]), Scales(adapter)
     loaded, broken = _loaded(stems, scales)

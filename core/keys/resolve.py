@@ -19,7 +19,7 @@ from .names import Names, Override, Slice, Target
 from .places import find_spec
 from .report import Match, Report
 from .scale import Scales
-from .shared import LAMBDA_D, share
+from .shared import LAMBDA_D, complete
 from .stems import Stem, read_stems
 
 _EMBEDDING = "an embedding for prompts that came with the file, no part of the adapter"
@@ -165,16 +165,12 @@ class _Matcher:
 
     def _share(self) -> None:
         """Give the modules what the file holds once for all of them."""
-        modules = {name: stem.tensors for name, stem in self.stems.items()}
-        if not any(LAMBDA_D in tensors for tensors in modules.values()):
+        if not any(LAMBDA_D in stem.tensors for stem in self.stems.values()):
             return
         widths = [hits[0].shape[-1] for found in self.hits.values() for hits in found.values()]
         width = max(widths, default=0) if all(self.hits.values()) else 0
-        for name, tensors in share(modules, self.source.config, width).items():
-            if tensors:
-                self.stems[name].tensors.update(tensors)
-            else:
-                del self.stems[name], self.hits[name]
+        complete(self.stems, self.source.config, width)
+        self.hits = {name: self.hits[name] for name in self.stems}
 
     def _choose(self) -> KeyFormat:
         """The format with most hits; among those without any, with most of its own prefixes."""

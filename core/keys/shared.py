@@ -11,8 +11,30 @@ from torch import Tensor
 
 from ..adapters import Tensors
 from ..errors import AdapterLabError
+from ..files import Adapter
+from .stems import Stem, read_stems
 
 A, B, LAMBDA_B, LAMBDA_D = "vera_A", "vera_B", "vera_lambda_b", "vera_lambda_d"
+
+
+def read_modules(adapter: Adapter) -> dict[str, Stem]:
+    """The modules of a file by stem, each with all that the file holds for it; raises as
+    :func:`read_stems` and :func:`share`."""
+    stems = read_stems(adapter)
+    complete(stems, adapter.config)
+    return stems
+
+
+def complete(
+    stems: dict[str, Stem], config: Mapping[str, Any] | None = None, width: int = 0
+) -> None:
+    """Put into ``stems`` what :func:`share` gives them, and take out what is no module."""
+    modules = {name: stem.tensors for name, stem in stems.items()}
+    for name, tensors in share(modules, config, width).items():
+        if tensors:
+            stems[name].tensors.update(tensors)
+        else:
+            del stems[name]
 
 
 def share(

@@ -52,6 +52,16 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.fixture
+def one_thread():
+    """Blocks that stay in the cache are one to a thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("options", [{}, {"factor": 8}, {"full_matrix": True, "factor": 128}])
 @pytest.mark.parametrize("algorithm", TRAINED)
 def test_merging_makes_no_dense_delta(algorithm: str, options: dict) -> None:

@@ -15,11 +15,13 @@ import torch
 from adapter_lab.core.bake import merge_into
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.files import read_adapter
-from adapter_lab.core.keys import convert
+from adapter_lab.core.keys import convert, describe
 from lycoris import LycorisNetwork, create_lycoris
 from torch import Tensor, nn
 
 TOLERANCE, ROUNDING = 1e-5, 5e-7
+
+Weights = dict[str, Tensor]
 
 
 class Block(nn.Module):
@@ -128,14 +130,14 @@ PEFT = {
 }  # fmt: skip
 
 
-def randomise(parameters: dict[str, Tensor], std: float = 0.2) -> None:
+def randomise(parameters: Weights, std: float = 0.2) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in parameters.values():
             tensor.add_(torch.randn(tensor.shape, generator=generator) * std)
 
 
-def check(base: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+def check(base: Weights, expected: Weights, path: Path) -> None:
     """What the file changes is what the library changes, and by the same amount."""
     merged, report = merge_into(base, read_adapter(path))
     assert report.matched and not report.unmatched, report.to_text()
@@ -143,21 +145,31 @@ def check(base: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> N
     changed = {name for name, tensor in expected.items() if not torch.equal(tensor, base[name])}
     assert changed, "the library changed nothing"
     assert changed <= set(merged)
-    for name in merged:
+    check_weights(base, expected, merged)
+
+
+def check_weights(base: Weights, expected: Weights, merged: Weights) -> None:
+    for name, tensor in merged.items():
         effect = (expected[name] - base[name]).norm()
-        error = (merged[name] - expected[name]).norm()
+        error = (tensor - expected[name]).norm()
         assert error <= TOLERANCE * effect + ROUNDING * base[name].norm(), name
 
 
-@pytest.mark.parametrize("kind", PEFT)
-def test_peft(kind: str, tmp_path: Path) -> None:
+def by_peft(kind: str, folder: Path) -> tuple[Weights, peft.PeftModel]:
+    """The weights of a model, and peft's adapter on it, which is also saved in ``folder``."""
     torch.manual_seed(0)
     model = Model()
     base = {name: t.detach().clone() for name, t in model.state_dict().items()}
     make, options = PEFT[kind]
     wrapped = peft.get_peft_model(model, make(**options))
     randomise({n: p for n, p in wrapped.named_parameters() if p.requires_grad})
-    wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(folder)
+    return base, wrapped
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_peft(kind: str, tmp_path: Path) -> None:
+    base, wrapped = by_peft(kind, tmp_path)
     expected = wrapped.merge_and_unload().state_dict()
     check(base, expected, tmp_path / "adapter_model.safetensors")
 
@@ -169,13 +181,7 @@ AS_UNET = {"diffusion_model.input_blocks.0.0": "conv_in", "diffusion_model.out.2
 @pytest.mark.parametrize("kind", PEFT)
 def test_converted(kind: str, tmp_path: Path) -> None:
     """Without its config a converted file does what it did with it."""
-    torch.manual_seed(0)
-    model = Model()
-    base = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    make, options = PEFT[kind]
-    wrapped = peft.get_peft_model(model, make(**options))
-    randomise({n: p for n, p in wrapped.named_parameters() if p.requires_grad})
-    wrapped.save_pretrained(tmp_path)
+    base, _ = by_peft(kind, tmp_path)
     adapter = read_adapter(tmp_path / "adapter_model.safetensors")
     expected, _ = merge_into(base, adapter)
     if kind == "vera regenerated":
@@ -187,10 +193,18 @@ def test_converted(kind: str, tmp_path: Path) -> None:
     stems = {key for key in AS_UNET if any(name.startswith(key + ".") for name in converted)}
     merged, report = merge_into(base, converted, targets={key: AS_UNET[key] for key in stems})
     assert not report.unmatched and set(merged) == set(expected)
-    for name, tensor in merged.items():
-        effect = (expected[name] - base[name]).norm()
-        error = (tensor - expected[name]).norm()
-        assert error <= TOLERANCE * effect + ROUNDING * base[name].norm(), name
+    check_weights(base, expected, merged)
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_described(kind: str, tmp_path: Path) -> None:
+    """Every module is of a known algorithm, of the file alone as well."""
+    by_peft(kind, tmp_path)
+    found = describe(read_adapter(tmp_path / "adapter_model.safetensors"))
+    if kind == "vera regenerated":  # takes the model to know
+        assert not found.algorithms and len(found.broken) == found.modules
+    else:
+        assert not found.broken and found.modules <= sum(found.algorithms.values())
 
 
 LYCORIS = {
