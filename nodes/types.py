@@ -13,6 +13,8 @@ TrainDatasetType = io.Custom("TRAIN_DATASET")
 TrainTargetsType = io.Custom("TRAIN_TARGETS")
 AdapterConfigType = io.Custom("ADAPTER_CONFIG")
 OptimizerConfigType = io.Custom("OPTIMIZER_CONFIG")
+ObjectiveConfigType = io.Custom("OBJECTIVE_CONFIG")
+TrainPreviewType = io.Custom("TRAIN_PREVIEW")
 TrainRunType = io.Custom("TRAIN_RUN")
 
 

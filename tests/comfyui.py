@@ -33,16 +33,21 @@ SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 TOOLS = (
     "accelerate==1.15.0",
+    "bitsandbytes==0.50.2",
     "diffusers==0.42.1",
     "hatchling==1.33.0",
     "hypothesis==6.170.15",
     "lycoris-lora==4.1.3",
     "peft==0.21.2",
     "playwright==1.65.2",
+    "prodigyopt==1.1.2",
     "pyright[nodejs]==1.1.414",
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
+    "pytorch-optimizer==4.1.0",
     "ruff==0.17.6",
+    "schedulefree==1.4.1",
+    "tensorboard==2.21.0",
     "websocket-client==1.9.2",
 )
 FINDER = '''"""Makes `adapter_lab` the checkout below, whatever its folder is called."""

@@ -263,12 +263,12 @@ def test_leaves_out_of_pictures_what_is_not_finite(front: FrontEnd) -> None:
     drawn = """async () => {
       const [{ chart }, { bars }] = await Promise.all(["chart", "bars"].map(
         (name) => import(`/extensions/adapter-lab/lib/${name}.mjs`)));
-      const loss = chart([1, 0.5, null, 0.25], [[2, 0.5], [4, null]]);
+      const loss = chart([[1, 1], [2, 0.5], [3, null], [4, 0.25]], [[2, 0.5], [4, null]]);
       const norms = bars([["a.0", null], ["a.1", 2]]);
       return [loss.innerHTML, loss.querySelectorAll("circle").length,
         loss.querySelector(".batch").points.numberOfItems, norms.innerHTML,
         norms.querySelectorAll("rect").length, bars([["a.0", null]]),
-        chart([null], []).innerHTML, loss.querySelector("svg").getAttribute("role")];
+        chart([[1, null]], []).innerHTML, loss.querySelector("svg").getAttribute("role")];
     }"""
     loss, dots, points, norms, count, nothing, empty, role = front.js(drawn)
     assert "NaN" not in loss + norms + empty and nothing is None

@@ -8,6 +8,8 @@ import { Panel } from "../lib/panel.mjs";
 const reporting = new Set();
 /** @type {WeakMap<object, Panel>} */
 const panels = new WeakMap();
+/** Nodes whose run has steps left after the job that is being executed. @type {Set<object>} */
+const continuing = new Set();
 
 /** The key of a node's results: its id, after its subgraph's where it is in one. */
 function locator(node) {
@@ -39,6 +41,7 @@ app.registerExtension({
     node.onExecuted = function (output) {
       before?.call(this, output);
       panel.show(output.adapter_lab);
+      if (output.adapter_lab?.some((report) => report.continues)) continuing.add(node);
     };
   },
 
@@ -53,8 +56,26 @@ app.registerExtension({
   },
 
   setup() {
+    api.addEventListener("adapter_lab.training", ({ detail }) => {
+      panels.get(nodeAt(String(detail.node)))?.train(detail);
+    });
+    api.addEventListener("adapter_lab.preview", ({ detail }) => {
+      panels.get(nodeAt(String(detail.node)))?.preview(detail);
+    });
+    // A run in chunks goes on behind whatever was queued meanwhile.
+    api.addEventListener("execution_success", () => {
+      const again = continuing.size > 0;
+      continuing.clear();
+      if (again) app.queuePrompt(0, 1);
+    });
+    api.addEventListener("execution_interrupted", ({ detail }) => {
+      continuing.clear();
+      const panel = panels.get(nodeAt(String(detail.node_id)));
+      if (panel?.live) panel.fail("Cancelled. What was learned is saved; queue again to go on.");
+    });
     // A report of an earlier run beside an error of this one would mislead.
     api.addEventListener("execution_error", ({ detail }) => {
+      continuing.clear();
       panels.get(nodeAt(String(detail.node_id)))?.fail(detail.exception_message);
     });
   },

@@ -8,24 +8,28 @@ const [LEFT, TOP, RIGHT, BOTTOM] = [38, 8, 312, 108];
 const POINTS = 400;
 
 /**
- * Training loss faintly, its mean over the last 5 % of the steps on top, held-out loss as dots.
- * What is not finite is left out.
+ * Training loss faintly, its mean on top, held-out loss as dots. What is not finite is left out.
  *
- * @param {(number | null)[]} losses of step 1, 2, ..
+ * @param {[number, number | null][]} losses (step, loss of its batch)
  * @param {[number, number | null][]} heldOut (step, held-out loss)
+ * @param {object} [more]
+ * @param {[number, number | null][]} [more.means] (step, mean loss), over the last 5 % of the steps
+ *   if not given
+ * @param {number} [more.steps] that the run will have; those that it has if not given
  * @returns {HTMLElement}
  */
-export function chart(losses, heldOut) {
-  const known = losses.map((loss, i) => [i + 1, loss]).filter(isKnown);
+export function chart(losses, heldOut, { means: given, steps = losses.length } = {}) {
+  const known = losses.filter(isKnown);
   const validation = heldOut.filter(isKnown);
   const batches = thin(known);
-  const means = thin(runningMean(known, Math.max(1, Math.floor(known.length / 20))));
+  const window = Math.max(1, Math.floor(known.length / 20));
+  const means = thin(given?.filter(isKnown) ?? runningMean(known, window));
   // The range of what is to be read: single batches may leave the picture.
   const shown = [...means, ...validation].map(([, loss]) => loss);
   let [low, high] = shown.length ? [Math.min(...shown), Math.max(...shown)] : [0, 1];
   const pad = 0.15 * (high - low) || 0.1 * Math.abs(high) || 1;
   [low, high] = [low < 0 ? low - pad : Math.max(0, low - pad), high + pad];
-  const x = (step) => LEFT + ((RIGHT - LEFT) * step) / losses.length;
+  const x = (step) => LEFT + ((RIGHT - LEFT) * step) / steps;
   const y = (loss) =>
     Math.min(Math.max(BOTTOM - ((BOTTOM - TOP) * (loss - low)) / (high - low), TOP), BOTTOM);
   const line = (name, points) =>
@@ -39,7 +43,7 @@ export function chart(losses, heldOut) {
     root.append(label(LEFT - 4, y(value) + 3, value.toPrecision(3), "end"));
   }
   for (const share of [0, 0.5, 1]) {
-    const step = Math.round(losses.length * share);
+    const step = Math.round(steps * share);
     root.append(label(x(step), BOTTOM + 12, String(step), share === 1 ? "end" : "middle"));
   }
   root.append(line("batch", batches), line("mean", means), line("held-out", validation));

@@ -1,6 +1,7 @@
 /** The widget that holds a node's reports and asks for the room they need. */
 
 import { element } from "./dom.mjs";
+import { Live } from "./live.mjs";
 import { render, verdict } from "./report.mjs";
 
 const MARGIN = 6;
@@ -22,6 +23,8 @@ export class Panel {
     this.chosen = new Map();
     /** The node's size before the user opened a report, and that to go to. @type {number[] | null} */
     this.before = this.after = null;
+    /** The run that is going on, or that ended without a report. @type {Live | null} */
+    this.live = null;
     this.element = element("div", "adapter-lab-report");
     // The wheel scrolls a panel that was clicked, and zooms the canvas otherwise.
     this.element.dataset.captureWheel = "true";
@@ -42,6 +45,7 @@ export class Panel {
 
   /** @param {import("./report.mjs").Report[]} [reports] several when the node ran on a list */
   show(reports) {
+    this.live = null;
     this.#fill((view) =>
       reports?.length
         ? reports.map((report, i) => this.#foldable(render(report, view), i))
@@ -51,7 +55,26 @@ export class Panel {
 
   /** @param {string} message of the error that ended the node's run */
   fail(message) {
-    this.#fill(() => [verdict(message.trim(), "failed")]);
+    const seen = this.live ? [this.live.element] : [];
+    this.#fill(() => [verdict(message.trim(), "failed"), ...seen]);
+  }
+
+  /** @param {import("./live.mjs").State} state of a run after a step */
+  train(state) {
+    this.#live().update(state);
+  }
+
+  /** @param {import("./pictures.mjs").Preview} preview */
+  preview(preview) {
+    this.#live().picture(preview);
+  }
+
+  #live() {
+    if (!this.live) {
+      this.live = new Live();
+      this.#fill(() => [this.live.element]);
+    }
+    return this.live;
   }
 
   /** Keeps what the user chose over the next runs, and gives room back on folding. */
@@ -85,7 +108,7 @@ export class Panel {
   /** Asks for room. Vue lays out by CSS, the canvas is told. */
   #fit(inner) {
     if (!inner.offsetHeight) return; // not on the screen
-    const most = inner.querySelector("svg, table, dl") ? MOST : TEXT;
+    const most = inner.querySelector("svg, table, dl, figure") ? MOST : TEXT;
     const room = [...this.chosen.values()].includes(true) ? OPENED : most;
     this.height = Math.max(LINE, Math.min(inner.offsetHeight, room));
     this.element.style.setProperty("--comfy-widget-min-height", `${this.height}px`);

@@ -4,6 +4,8 @@ import { bars } from "./bars.mjs";
 import { chart } from "./chart.mjs";
 import { curve } from "./curve.mjs";
 import { element } from "./dom.mjs";
+import { pictures } from "./pictures.mjs";
+import { rates } from "./rates.mjs";
 import { table } from "./table.mjs";
 
 /**
@@ -20,6 +22,9 @@ import { table } from "./table.mjs";
  * @property {[string, number | null][]} [norms] (block, norm of its change)
  * @property {(number | null)[]} [losses] training loss of each step, null where it is not finite
  * @property {[number, number | null][]} [validation] (step, held-out loss)
+ * @property {[number, number][]} [rates] (step, learning rate)
+ * @property {import("./pictures.mjs").Preview[]} [previews]
+ * @property {boolean} [continues] the run has steps left and goes on when queued again
  */
 
 /**
@@ -61,7 +66,12 @@ function kind({ matched, unmatched, warnings }) {
 function* details(report, first, view) {
   const rest = report.text.slice(first.length).trim();
   if (report.headline && report.headline !== first) yield element("p", "", first);
-  if (report.losses?.length) yield chart(report.losses, report.validation ?? []);
+  if (report.losses?.length) {
+    const losses = report.losses.map((loss, i) => [i + 1, loss]);
+    yield chart(losses, report.validation ?? []);
+  }
+  if (report.rates?.length) yield rates(report.rates);
+  if (report.previews?.length) yield pictures(report.previews);
   if (rest) yield text(rest);
   if (report.facts?.length) yield facts(report.facts);
   const metadata = Object.entries(report.metadata ?? {});
