@@ -14,6 +14,7 @@ from torch import Tensor
 _STEP, _BUTTERFLY_STEP, _DEVICE_STEP = 1 << 16, 1 << 18, 1 << 24
 _LINALG: Any = torch.linalg  # torch ships no types for it
 _WIDEST = 64  # rows that fused stages of a butterfly may mix
+_SMALL, _REST = 0.7, 3e-8  # spectral norms of Q that a series is summed for, and ends at
 
 
 def exact(factor: Tensor, like: Tensor) -> Tensor:
@@ -35,9 +36,44 @@ def skew(blocks: Tensor) -> Tensor:
 def cayley(q: Tensor) -> Tensor:
     """R - I of R = (I + Q)(I - Q)^-1, as 2 (I - Q)^-1 Q, which loses no digits to the I.
 
+    The backward pass needs R alone: dR = (R + I) dQ (R + I) / 2.
+
     Args:
         q: skew-symmetric, (..., b, b).
     """
+    return _Cayley.apply(q)
+
+
+class _Cayley(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor) -> Tensor:
+        change = _solved(q)
+        ctx.save_for_backward(change)
+        return change
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (change,) = ctx.saved_tensors
+        inverse = (change + 2 * eye(change)).mT
+        return torch.matmul(inverse, grads[0] / 2) @ inverse
+
+
+def _solved(q: Tensor) -> Tensor:
+    """2 (I - Q)^-1 Q; of small rotations in float32 on a CPU, which is slow to solve many small
+    systems, by 2 (Q + Q^2 + ..), doubling the number of terms until the rest is lost in rounding.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.float32 and q.numel():
+        # Singular values of a skew-symmetric matrix come in pairs.
+        bound = math.sqrt(float(q.square().sum((-1, -2)).max()) / 2)
+        if bound < _SMALL:
+            flat = q.flatten(0, -3)
+            power = flat @ flat
+            change, bound = 2 * (flat + power), bound**2
+            while bound > _REST:
+                change = torch.baddbmm(change, power, change)
+                bound = bound**2
+                power = power @ power if bound > _REST else power
+            return change.view(q.shape)
     half: Tensor = _LINALG.solve(eye(q) - q, q)
     return 2 * half
 
@@ -73,8 +109,8 @@ def shrunk(q: Tensor, limit: float) -> Tensor:
 
 
 def frobenius(q: Tensor) -> Tensor:
-    """||Q||_F of all blocks together."""
-    return q.square().sum().sqrt()
+    """||Q||_F of all blocks together; its gradient at Q = 0, where training begins, is 0."""
+    return _LINALG.vector_norm(q)
 
 
 def reflections(vectors: Tensor, orthonormal: bool) -> tuple[Tensor, Tensor]:
@@ -173,10 +209,6 @@ class Butterfly:
         products = ((axis, matrices.mT) for axis, matrices in reversed(self.products))
         return Butterfly(self.split, tuple(products))
 
-    def to(self, like: Tensor) -> Butterfly:
-        products = ((axis, matrices.to(like)) for axis, matrices in self.products)
-        return Butterfly(self.split, tuple(products))
-
     def change(self, x: Tensor) -> Tensor:
         """(M - I) x of x (rows, columns) with any strides."""
         parts = torch.split(x, self._columns(x), 1)
@@ -211,19 +243,18 @@ class Butterfly:
 def _product(stages: Tensor, distance: int) -> Tensor:
     """Consecutive stages multiplied, the first of which mixes units ``distance`` apart.
 
+    A stage mixes two halves, u and x, of as many units l each, and all before it l with y within a
+    half: M[u l, x y] = S[l][u, x] P[x][l, y], a single product of (h, h) for each pair of units.
+
     Returns:
         (spans * distance, r h, r h) for r = 2^stages units.
     """
     m, n, pair, _ = stages.shape
     r, h = 1 << m, pair // 2
-    spans = 2 * n // (r * distance)
-    product = torch.eye(r * h, dtype=stages.dtype, device=stages.device)
-    product = product.expand(spans, distance, r * h, r * h)
-    for j, stage in enumerate(stages):
-        above, below = r >> (j + 1), 1 << j
-        stage = stage.reshape(spans, above, below, distance, pair, pair).permute(0, 3, 1, 2, 4, 5)
-        rows = product.reshape(spans, distance, above, 2, below, h, -1).transpose(3, 4)
-        rows = stage @ rows.reshape(spans, distance, above, below, pair, -1)
-        rows = rows.reshape(spans, distance, above, below, 2, h, -1).transpose(3, 4)
-        product = rows.reshape(spans, distance, r * h, r * h)
-    return product.flatten(0, 1)
+    product = stages[0].reshape(-1, distance, 2, h, 2, h)
+    for j in range(1, m):
+        half = 1 << j
+        stage = stages[j].reshape(-1, half, distance, 2, h, 2, h)
+        before = product.reshape(-1, 2, distance, half, h, half, h)
+        product = torch.einsum("gldupxq,gxdlqyk->gdulpxyk", stage, before)
+    return product.reshape(2 * n // r, r * h, r * h)

@@ -1,4 +1,4 @@
-"""Adapter Config, Training Targets, Optimizer: what Train Adapter is told."""
+"""Adapter Config: what Train Adapter is to train."""
 
 from __future__ import annotations
 
@@ -6,41 +6,83 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.adapters import ALGORITHMS, AdapterConfig
-from ..core.train.config import OptimizerConfig
-from ..core.train.targets import PRESETS, Targets
-from .host import model as host
-from .host import session
-from .types import (
-    CATEGORY,
-    AdapterConfigType,
-    OptimizerConfigType,
-    TrainTargetsType,
-    lines,
-    panel,
-)
+from ..core.adapters import AdapterConfig
+from ..core.adapters.config import DORA_AXES, FORWARDS, PRECISIONS
+from ..core.adapters.training import COFT, check, choices, config_notes
+from .types import CATEGORY, AdapterConfigType, panel
 
 _CATEGORY = f"{CATEGORY}/train"
 
 
+# Rows of the node: name, default, least, most, step, tooltip. A whole number where the default is
+# one, a switch where it is False; a tuple of choices instead of the range makes a menu.
+_MORE: tuple[tuple[Any, ...], ...] = (
+    ("conv_rank", 0, 0, 4096, 1, "Rank of k x k convolutions; 0 for the same as of the rest."),
+    ("conv_alpha", 0.0, 0.0, 4096.0, 0.5,
+     "Alpha of k x k convolutions; 0 for the same as of the rest."),
+    ("unit", 1, 1, 4096, 1,
+     "dylora: ranks that are trained together; the rank is a multiple of it."),
+    ("constraint", 0.0, 0.0, 1.0, 1e-5,
+     "oft, boft, coft: how far rotations may go together, as a share of the output rows; 0 for no "
+     f"bound, which coft takes as {COFT}."),
+    ("rescale", False, "oft, boft, coft: a learned factor of each output row as well."),
+    ("dora", False, "DoRA: learned lengths of rows or columns beside the delta, which then only "
+     "turns them. lora and its kin, loha, lokr, glora, glokr, tlora, full."),
+    ("dora_on", DORA_AXES, "dora: which axis has the lengths. output: what LyCORIS and peft train "
+     "today. input: the one of LyCORIS before 3.2 and OneTrainer."),
+    ("rs_lora", False, "rs-LoRA: scale by alpha / sqrt(rank), for high ranks. Needs no support of "
+     "what reads the file. Whatever has an alpha."),
+    ("scalar", False, "A learned factor of the delta that starts at 0, in the place of a factor "
+     "that starts at 0. lora and its kin, loha, lokr, glora, glokr."),
+    ("on_input", False, "ia3: scale input channels and not output channels."),
+    ("dropout", 0.0, 0.0, 0.99, 0.01,
+     "Share of activations that are dropped: of the rank activations of lora and its kin, of the "
+     "adapter's output elsewhere."),
+    ("rank_dropout", 0.0, 0.0, 0.99, 0.01,
+     "Share that is dropped of rank channels (lora and its kin, by item), of blocks (oft, boft) or "
+     "of output rows of the delta (the rest)."),
+    ("module_dropout", 0.0, 0.0, 0.99, 0.01,
+     "How often the whole adapter of a layer is left out of a batch."),
+    ("bias", False, "Train the biases of the layers too."),
+    ("precision", PRECISIONS, "Of the factors. bf16 halves their memory and needs the optimizer's "
+     "rounding; fp32 is safe."),
+    ("forward", FORWARDS, "bypass: beside the layer, always for quantised models. rebuild: in its "
+     "weight. auto: the cheaper one of each layer."),
+)  # fmt: skip
+
 _SWITCHES = {
-    "decompose_both": "lokr: low rank in the first factor as well.",
-    "full_matrix": "lokr: no low rank at all; rank and alpha are then without effect.",
-    "tucker": "Tucker decomposition of k x k convolutions: smaller, for models with convolutions.",
+    "decompose_both": "lokr, glokr: low rank in the first factor as well.",
+    "full_matrix": "lokr, glokr: no low rank at all; rank and alpha are then without effect.",
+    "tucker": "lora, loha, lokr, glokr: Tucker decomposition of k x k convolutions: smaller, for "
+    "models with convolutions.",
 }
 
 
-def _switch(name: str, tooltip: str) -> io.Input:
-    return io.Boolean.Input(name, default=False, advanced=True, tooltip=tooltip)
+def _switch(name: str, tooltip: str, **more: Any) -> io.Input:
+    return io.Boolean.Input(name, default=False, advanced=True, tooltip=tooltip, **more)
+
+
+def _row(name: str, default: Any, *row: Any) -> io.Input:
+    """The input of a row of ``_MORE``; left out of workflows that were saved without it."""
+    *limits, tooltip = row
+    rare: dict[str, Any] = {"tooltip": tooltip, "optional": True, "advanced": True}
+    if isinstance(default, tuple):
+        return io.Combo.Input(name, options=list(default), default=default[0], **rare)
+    if default is False:
+        return io.Boolean.Input(name, default=False, **rare)
+    least, most, step = limits
+    if isinstance(default, int):
+        return io.Int.Input(name, default=default, min=least, max=most, **rare)
+    limits = {"min": least, "max": most, "step": step}
+    return io.Float.Input(name, default=default, round=False, **limits, **rare)
 
 
 def _adapter_inputs() -> list[Any]:
     return [
         io.Combo.Input(
             "algorithm",
-            options=[name for name, a in ALGORITHMS.items() if a.trainable],
-            tooltip="lora: works everywhere. loha: rank r^2 for the size of 2r. lokr: "
-            "smallest files, Kronecker product.",
+            options=list(choices()),
+            tooltip="\n".join(f"{name}: {purpose}." for name, purpose in choices().items()),
         ),
         io.Int.Input(
             "rank",
@@ -48,7 +90,8 @@ def _adapter_inputs() -> list[Any]:
             min=1,
             max=4096,
             tooltip="Capacity: more rank learns more detail, makes a larger file and "
-            "memorises sooner. 8 to 32 for most.",
+            "memorises sooner. 8 to 32 for most. oft, boft: the block size that is aimed at. "
+            "Without effect on ia3, full and norm.",
         ),
         io.Float.Input(
             "alpha",
@@ -57,7 +100,7 @@ def _adapter_inputs() -> list[Any]:
             max=4096.0,
             step=0.5,
             tooltip="The delta is scaled by alpha / rank. Equal to the rank is neutral; 0 "
-            "means equal to the rank.",
+            "means equal to the rank. Without effect on oft, boft, ia3, full and norm.",
         ),
         io.Int.Input(
             "factor",
@@ -65,10 +108,11 @@ def _adapter_inputs() -> list[Any]:
             min=-1,
             max=4096,
             advanced=True,
-            tooltip="lokr: size of the first factor; -1 takes the most balanced split, "
+            tooltip="lokr, glokr: size of the first factor; -1 takes the most balanced split, "
             "small numbers make larger files.",
         ),
         *(_switch(name, tooltip) for name, tooltip in _SWITCHES.items()),
+        *(_row(*row) for row in _MORE),
     ]
 
 
@@ -79,125 +123,20 @@ class Config(io.ComfyNode):
             node_id="AdapterLabConfig",
             display_name="Adapter Config",
             category=_CATEGORY,
-            description="Which algorithm to train, and how large.",
-            search_aliases=["rank", "alpha", *ALGORITHMS],
+            description="Which algorithm to train, how large and how. Shows what of it is without "
+            "effect.",
+            search_aliases=["rank", "alpha", "dora", "locon", "dropout", *choices()],
+            has_intermediate_output=True,
             inputs=_adapter_inputs(),
             outputs=[AdapterConfigType.Output(display_name="config", tooltip="For Train Adapter.")],
         )
 
     @classmethod
     def execute(cls, **options: Any) -> io.NodeOutput:
-        return io.NodeOutput(AdapterConfig(**options))
+        config = AdapterConfig(**options)
+        check(config)
+        said = [choices()[config.algorithm], *(f"Note: {n}" for n in config_notes(config))]
+        return io.NodeOutput(config, ui=panel("\n".join(said)))
 
 
-class ChooseTargets(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        pattern = "One regular expression a line, matched against whole names such as "
-        return io.Schema(
-            node_id="AdapterLabTargets",
-            display_name="Training Targets",
-            category=_CATEGORY,
-            description="Which modules of the model to train. The node lists them before training.",
-            search_aliases=["lora modules", "exclude patterns", "include patterns", "blocks"],
-            has_intermediate_output=True,
-            inputs=[
-                io.Model.Input("model", tooltip="The model to train on."),
-                io.Combo.Input(
-                    "preset",
-                    options=list(PRESETS),
-                    tooltip=" ".join(f"{name}: {what}." for name, what in PRESETS.items()),
-                ),
-                io.String.Input(
-                    "exclude",
-                    default="",
-                    multiline=True,
-                    tooltip=f"{pattern}double_blocks.0.img_attn.qkv: modules to leave out.",
-                ),
-                io.String.Input(
-                    "include",
-                    default="",
-                    multiline=True,
-                    tooltip=f"{pattern}double_blocks.0.img_attn.qkv: modules to keep although "
-                    "excluded. Exclude .* to train only these.",
-                ),
-            ],
-            outputs=[
-                TrainTargetsType.Output(display_name="targets", tooltip="For Train Adapter."),
-                io.String.Output(display_name="modules", tooltip="The chosen modules."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model: Any, preset: str, exclude: str, include: str) -> io.NodeOutput:
-        targets = Targets(preset, lines(exclude), lines(include))
-        modules = session.layers(model)
-        chosen = targets.select(modules, host.architecture(model))
-        idle = [f"Note: '{pattern}' matches no whole name" for pattern in targets.idle(modules)]
-        text = "\n".join([f"{len(chosen)} of {len(modules)} modules", *idle, *chosen])
-        return io.NodeOutput(targets, text, ui=panel(text))
-
-
-def _optimizer_inputs() -> list[Any]:
-    return [
-        io.Combo.Input("optimizer", options=["AdamW"], tooltip="The update rule."),
-        io.Float.Input(
-            "learning_rate",
-            default=1e-4,
-            min=1e-8,
-            max=1.0,
-            step=1e-6,
-            round=False,
-            tooltip="Step size. 1e-4 for most models and LoRA; too high gives noise, too "
-            "low learns nothing.",
-        ),
-        io.Float.Input(
-            "weight_decay",
-            default=0.01,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            round=False,
-            tooltip="Pull of the factors towards zero.",
-        ),
-        io.Float.Input(
-            "clip",
-            default=1.0,
-            min=0.0,
-            max=1000.0,
-            step=0.1,
-            advanced=True,
-            tooltip="Longest gradient of a step; longer ones are shortened. 0 for no limit.",
-        ),
-        io.Int.Input(
-            "warmup",
-            default=0,
-            min=0,
-            max=100_000,
-            advanced=True,
-            tooltip="Steps over which the learning rate rises from 0.",
-        ),
-    ]
-
-
-class Optimizer(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AdapterLabOptimizer",
-            display_name="Optimizer",
-            category=_CATEGORY,
-            description="How the factors are updated.",
-            search_aliases=["learning rate", "adamw", "weight decay", "warmup"],
-            inputs=_optimizer_inputs(),
-            outputs=[
-                OptimizerConfigType.Output(display_name="optimizer", tooltip="For Train Adapter.")
-            ],
-        )
-
-    @classmethod
-    def execute(cls, **options: Any) -> io.NodeOutput:
-        return io.NodeOutput(OptimizerConfig(**options))
-
-
-NODES = [Config, ChooseTargets, Optimizer]
+NODES = [Config]

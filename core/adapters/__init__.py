@@ -7,19 +7,23 @@ from functools import lru_cache
 
 from ..errors import AdapterLabError
 from ..registry import Registry
-from .base import AdapterConfig, Algorithm, Tensors, read_number
+from .base import Algorithm, Tensors
+from .config import VARIANTS, AdapterConfig
+from .draw import Draw
 from .merging import merge_all, merge_part
 from .ordered import Ordered
+from .reading import read_number
+from .scalar import SCALAR
 from .wrapper import Wrapper
 
 __all__ = [
-    "ALGORITHMS", "WRAPPERS", "AdapterConfig", "Algorithm", "Ordered", "Tensors", "Wrapper",
+    "ALGORITHMS", "VARIANTS", "WRAPPERS", "AdapterConfig", "Algorithm", "Draw", "Ordered",
+    "Tensors", "Wrapper",
     "load", "load_parts", "merge_all", "merge_part", "suffixes",
 ]  # fmt: skip
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm")
 WRAPPERS: Registry[type[Wrapper]] = Registry("wrapper")
-SCALAR = "scalar"  # of old LyCORIS files: a learned factor of the delta
 
 
 def _algorithm(item: object) -> str | None:

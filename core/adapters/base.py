@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -21,42 +20,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
-from ..tensors import Op
+from ..forms import Form, Layer, Mode, recomputed
+from ..forms.layer import channels, unbiased
+from ..tensors import Op, wide_dtype
+from .config import AdapterConfig
+from .draw import Draw
+from .reading import Tensors
 
-Tensors = Mapping[str, Tensor]
 Shape = Sequence[int]
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What to train. Options an algorithm does not know are ignored by it.
-
-    Args:
-        algorithm: name in the registry of algorithms.
-        rank: r, at least 1.
-        alpha: scale is alpha / rank; 0 means alpha = rank.
-        factor: LoKr's factor, -1 for the most balanced factorisation.
-        decompose_both: LoKr: low-rank first factor as well.
-        full_matrix: LoKr: no low-rank factors at all.
-        tucker: Tucker decomposition of k x k convolutions.
-    """
-
-    algorithm: str = "lora"
-    rank: int = 16
-    alpha: float = 16.0
-    factor: int = -1
-    decompose_both: bool = False
-    full_matrix: bool = False
-    tucker: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise AdapterLabError("No such rank", found=str(self.rank), expected="1 or more")
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return (self.alpha or self.rank) / self.rank
+Run = Callable[..., Tensor]  # of an algorithm and activations
 
 
 class Algorithm(ABC):
@@ -68,6 +40,13 @@ class Algorithm(ABC):
             ``alpha`` belongs to every algorithm and is not listed. ``*`` stands for one name.
         parameter: what of a layer it changes, "weight" or "bias".
         trainable: whether it can be chosen for training.
+        purpose: of a trainable one, what it is for.
+        untrained: of any other one, why it is read only.
+        additive: whether its delta is added to a weight by itself, so that DoRA can turn it.
+        up: factors whose learning rate LoRA+ raises; none where the two sides are alike.
+        folds: factors that are multiplied to multiply the delta; none where there are no such.
+        frozen: tensors that training leaves as they are.
+        precise: tensors that have to be kept in float32.
         scaled: whether its scale is alpha / rank; where not, alpha means something else or nothing.
         reads_weight: whether the delta depends on the values of W and not only on its shape.
         tensors: suffix -> factor, without alpha.
@@ -79,6 +58,13 @@ class Algorithm(ABC):
     suffixes: ClassVar[tuple[str, ...]]
     parameter: ClassVar[str] = "weight"
     trainable: ClassVar[bool] = False
+    purpose: ClassVar[str] = ""
+    untrained: ClassVar[str] = ""
+    additive: ClassVar[bool] = True
+    up: ClassVar[tuple[str, ...]] = ()
+    folds: ClassVar[tuple[str, ...]] = ()
+    frozen: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()
     scaled: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
 
@@ -104,7 +90,7 @@ class Algorithm(ABC):
     @classmethod
     def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
         """Fresh float32 factors for a weight of ``shape``; the delta is exactly zero."""
-        raise AdapterLabError(f"{cls.title} is read, not trained")
+        raise AdapterLabError(f"{cls.title} is read, not trained", found=cls.untrained)
 
     @property
     @abstractmethod
@@ -136,7 +122,67 @@ class Algorithm(ABC):
             weight: W, (out, in, *k); unless ``reads_weight`` only its shape means anything.
             y: op(x, W), the layer's output without its bias, where it is known already.
         """
-        return op(x, self.delta(weight).to(x))
+
+        def run(same: Algorithm, x: Tensor) -> Tensor:
+            return op(x, same.delta(weight).to(x))
+
+        return self._again(run, x)
+
+    def form(self, like: Tensor) -> Form | None:
+        """What the delta of a linear layer is made of, on the device of ``like``; None where no
+        form describes it."""
+        return None
+
+    def adapted(self, layer: Layer, x: Tensor, mode: Mode = "auto") -> Tensor:
+        """f'(x) of a frozen layer in training, with gradients for the factors and x.
+
+        What is made of the values of W is made again in the backward pass: a weight that is
+        unpacked or streamed in at each use is never kept.
+
+        Args:
+            x: ``(..., in)`` or ``(b, in, *spatial)``.
+            mode: whether h(x) is added to f(x), or W + dW built for it; the cheaper by default.
+        """
+        form = None if layer.op.dims else self.form(x)
+        if form is not None:
+            return form.adapted(layer, x, mode)
+        if mode == "rebuild":
+            return self._rebuilt(layer, x)
+        y, op, reads = layer.base(x), layer.op, self.reads_weight
+        known = [unbiased(y, layer)] if reads and self.reads_output else []
+        if reads and (op.dims or not known):
+
+            def run(same: Algorithm, x: Tensor, *y: Tensor) -> Tensor:
+                return same.bypass(x, op, layer.weight(), *y)
+
+            return y + self._again(run, x, *known)
+        shape = self.shape if op.dims else (y.shape[-1], x.shape[-1])
+        # Factors may hide the kernel.
+        shape = shape if len(shape) == 2 + op.dims else layer.weight().shape
+        # Only its shape and device matter: one number stands for all of W.
+        return y + self.bypass(x, op, x.detach().new_empty(()).expand(shape), *known)
+
+    def _rebuilt(self, layer: Layer, x: Tensor) -> Tensor:
+        """op(x, W + dW) + bias, built again in the backward pass."""
+
+        def run(same: Algorithm, x: Tensor) -> Tensor:
+            weight = layer.weight().to(wide_dtype(x))
+            return layer.op(x, (weight + same.delta(weight)).to(x))
+
+        y, bias = self._again(run, x), layer.bias
+        return y if bias is None else y + channels(bias, layer.op).to(y)
+
+    def _again(self, run: Run, *inputs: Tensor) -> Tensor:
+        """``run(self, *inputs)``, run once more in the backward pass: see :func:`recomputed`."""
+        if not torch.is_grad_enabled():
+            return run(self, *inputs)
+        names, first = [n for n, t in self.tensors.items() if t.requires_grad], len(inputs)
+
+        def rerun(*given: Tensor) -> Tensor:
+            factors = dict(zip(names, given[first:], strict=True))
+            return run(self.on({**self.tensors, **factors}), *given[:first])
+
+        return recomputed(rerun, *inputs, *(self.tensors[n] for n in names))
 
     def configured(self, config: Mapping[str, Any]) -> Algorithm:
         """The algorithm under what peft's adapter_config.json says beyond alpha and r.
@@ -169,6 +215,42 @@ class Algorithm(ABC):
         Its factors may have other names then.
         """
         return self
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that training changes."""
+        changes = {n: t for n, t in self.tensors.items() if t.is_floating_point()}
+        return {n: t for n, t in changes.items() if n not in self.frozen}
+
+    @property
+    def needs_weight_to_start(self) -> bool:
+        """Whether :meth:`started` has something to read from the weight."""
+        return False
+
+    def started(self, weight: Tensor) -> Algorithm:
+        """The same told of W before training; its delta on W is exactly zero if it was fresh.
+
+        Args:
+            weight: W (out, in, *k) as it acts, of any dtype.
+        """
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether it acts otherwise in training: whether :meth:`drawn` does anything."""
+        return False
+
+    def drawn(self, draw: Draw) -> Algorithm | None:
+        """The same as it acts on one batch in training; None where it is left out.
+
+        Gradients reach the tensors of this one through it.
+        """
+        return self
+
+    @property
+    def by_item(self) -> bool:
+        """Whether it differs between the items of a batch: then only :meth:`bypass` is right."""
+        return False
 
     @property
     def bias(self) -> Algorithm | None:
@@ -250,54 +332,3 @@ def numbered(suffix: str) -> str:
 
 def _squeezed(shape: Shape) -> tuple[int, ...]:
     return (*shape[:2], *(n for n in shape[2:] if n != 1))
-
-
-def require(factors: Tensors, *names: str) -> list[Tensor]:
-    """The factors of these names; raises AdapterLabError when one of them is missing."""
-    missing = ", ".join(name for name in names if name not in factors)
-    if missing:
-        raise AdapterLabError("A factor is missing", found=", ".join(factors), expected=missing)
-    return [factors[name] for name in names]
-
-
-def check_product(fits: bool, factors: Tensors, *names: str) -> None:
-    """Raise AdapterLabError with the shapes of the named factors unless they fit together."""
-    if not fits:
-        found = ", ".join(f"{name} {tuple(factors[name].shape)}" for name in names)
-        raise AdapterLabError("The factors do not multiply", found=found)
-
-
-def read_scale(tensors: Tensors, rank: int, scale: float | None) -> float:
-    """s = alpha / rank; ``scale`` from outside wins; a missing alpha means 1.
-
-    Raises:
-        AdapterLabError: rank 0, or an alpha that is no finite number.
-    """
-    if rank < 1:
-        raise AdapterLabError("The rank is 0", expected="factors with at least one rank channel")
-    if scale is not None:
-        return scale
-    return read_number(tensors, "alpha", rank) / rank
-
-
-def read_number(tensors: Tensors, name: str, default: float, *, finite: bool = True) -> float:
-    """The number that the tensor ``name`` holds; ``default`` without it.
-
-    Raises:
-        AdapterLabError: it has several values or none, or one that is complex, NaN or, unless
-            ``finite`` is off, infinite.
-    """
-    tensor = tensors.get(name)
-    if tensor is None:
-        return default
-    if tensor.numel() != 1 or tensor.is_complex():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise AdapterLabError(
-            f"{name} is not a number",
-            found=f"a tensor of shape {tuple(tensor.shape)}, {dtype}",
-            expected="one value",
-        )
-    value = float(tensor.item())
-    if math.isnan(value) or (finite and math.isinf(value)):
-        raise AdapterLabError(f"{name} is not finite", found=str(value))
-    return value

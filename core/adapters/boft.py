@@ -8,8 +8,9 @@ from typing_extensions import Self
 
 from ..errors import AdapterLabError
 from ..orthogonal import Blocks, Butterfly, eye
+from ..tensors import wide
 from .base import AdapterConfig, Shape, Tensors
-from .oft import BLOCKS, DIAG, OFT, read_constraint
+from .oft import BLOCKS, DIAG, OFT, fresh_gains, no_blocks, read_constraint
 from .rotation import check_blocks
 
 
@@ -27,6 +28,7 @@ class BOFT(OFT):
 
     name = "boft"
     title = "BOFT"
+    purpose = "rotations of small blocks that together mix all rows"
 
     @classmethod
     def load(cls, tensors: Tensors, scale: float | None = None) -> Self | None:
@@ -42,23 +44,19 @@ class BOFT(OFT):
 
     @classmethod
     def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
-        """B zero, all stages; b is the largest even divisor of out up to the rank whose
-        cofactor is a power of two.
+        """B zero, of the size and with the stages of :func:`widest`.
 
         Raises:
-            AdapterLabError: out has no such divisor.
+            AdapterLabError: out is odd, or the rank 1.
         """
-        out = shape[0]
-        sizes = (b for b in range(2, config.rank + 1, 2) if out % b == 0)
-        b = max((b for b in sizes if (out // b).bit_count() == 1), default=0)
+        b, span = widest(shape[0], config.rank)
         if not b:
-            raise AdapterLabError(
-                "BOFT has no blocks for this layer", found=f"{out} rows, rank {config.rank}",
-                expected="an even block size up to the rank that divides them 2^n times",
-            )  # fmt: skip
-        n = out // b
-        blocks = torch.zeros(n.bit_length(), n, b, b, device=generator.device, dtype=torch.float32)
-        return cls({BLOCKS: blocks})
+            expected = "an even divisor of them up to the rank"
+            raise no_blocks(cls.title, shape[0], config.rank, expected)
+        size = ((span // b).bit_length(), shape[0] // b, b, b)
+        blocks = torch.zeros(size, device=generator.device, dtype=torch.float32)
+        gains = fresh_gains(shape, config, blocks)
+        return cls({BLOCKS: blocks, **gains}, constraint=config.constraint)
 
     @property
     def size(self) -> int:
@@ -67,13 +65,33 @@ class BOFT(OFT):
     def turn(self, changes: list[Tensor], size: int) -> Blocks | Butterfly:
         return butterfly(_halves_apart(changes[0]))
 
+    def trained_change(self, like: Tensor) -> Tensor:
+        """With the halves of each block apart: reordering is cheapest before everything else."""
+        return self._change(_halves_apart(wide(self._blocks, like)))
+
+    def trained_turn(self, change: Tensor) -> Blocks | Butterfly:
+        return butterfly(change)
+
+
+def widest(rows: int, rank: int) -> tuple[int, int]:
+    """The even block size b up to ``rank`` that mixes most rows, of equal ones the largest, and how
+    many it mixes; zeros where none divides ``rows``.
+
+    n blocks can be mixed with each other as far as n is divisible by powers of two. Where they are
+    all, b is that of LyCORIS, which has nothing for other layers and loads nothing else; ComfyUI
+    does.
+    """
+    sizes = [b for b in range(2, rank + 1, 2) if rows % b == 0]
+    spans = [(b * (n & -n), b) for b in sizes for n in (rows // b,)]
+    span, b = max(spans, default=(0, 0))
+    return b, span
+
 
 def butterfly(changes: Tensor) -> Blocks | Butterfly:
     """M of R_i - I, (m, n, 2 h, 2 h), each on the two halves of its rows one after the other."""
     if len(changes) == 1:
         return Blocks((changes[0],))
-    # More digits would not survive the product with a float32 weight.
-    return Butterfly.of((changes + eye(changes)).float())
+    return Butterfly.of(changes + eye(changes))
 
 
 def check_butterfly(title: str, blocks: Tensor) -> None:

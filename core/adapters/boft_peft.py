@@ -29,6 +29,7 @@ class PeftBOFT(Rotation):
 
     name = "boft_peft"
     title = "BOFT (peft)"
+    untrained = "BOFT trains such rotations in files that tell their settings by themselves"
     suffixes = (ROTATION, DIAG, GAINS)
     on_input = True
     finished_name = DIAG

@@ -7,8 +7,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
+from ..forms import Layer, Mode
+from ..forms.layer import channels, unbiased
 from ..tensors import Op, wide_dtype
 from .base import Algorithm, Shape, Tensors
+from .draw import Draw
 from .wrapper import Wrapper
 
 SCALE, MAGNITUDE = "dora_scale", "magnitude"
@@ -27,14 +30,18 @@ class DoRA(Wrapper):
     Where two axes fit a (1, n, 1, 1) it is an input's under the first name, an output's under the
     second.
 
+    In training ||V|| is a constant to the gradient, as in peft, and dora_scale starts as ||W|| +
+    eps, so that g is exactly 1.
+
     Args:
         tensors: ``dora_scale`` alone, of as many axes as the weight.
         axis: 0 output, 1 input.
 
     Attributes:
         gain: g, once it is settled for a weight.
+        measured: what V is measured with, where it is not ``inner``.
 
-    Reference: Liu et al. 2024, "DoRA", equation 5; axes: LyCORIS, ``wd_on_output``.
+    Reference: Liu et al. 2024, "DoRA", equation 5 and section 4.3; axes: LyCORIS, ``wd_on_output``.
     """
 
     suffixes = (SCALE, MAGNITUDE)
@@ -43,6 +50,8 @@ class DoRA(Wrapper):
         super().__init__(inner, tensors)
         self.axis, self.strength = axis, 1.0
         self.gain: Tensor | None = None
+        self.measured: Algorithm | None = None
+        self.precise = (*inner.precise, SCALE)
 
     @classmethod
     def wrap(cls, inner: Algorithm, tensors: Tensors) -> Self:
@@ -94,9 +103,33 @@ class DoRA(Wrapper):
         moved.gain = None
         return moved
 
+    @property
+    def needs_weight_to_start(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def started(self, weight: Tensor) -> Self:
+        """Lengths of zero, which fresh ones are, become such that every g is exactly 1."""
+        inner = self.inner.started(weight)
+        other, own = self._around(inner), self.tensors[SCALE]
+        if own.any():
+            return other
+        lengths = other._lengths(other._sum(weight, inner))
+        lengths = lengths.to(own.device, torch.float32).reshape(own.shape)
+        return other.on({**inner.tensors, SCALE: lengths})
+
+    def drawn(self, draw: Draw) -> Algorithm | None:
+        """Dropout is of the delta alone; lengths stay those of the whole W + dW, as in peft."""
+        inner = self.inner.drawn(draw)
+        if inner is None:
+            return None
+        other = self._around(inner)
+        other.measured = self.inner
+        return other
+
     def settled(self, weight: Tensor) -> Self:
         other = self._around(self.inner.settled(weight))
-        other.gain = other._gain(other._sum(weight))
+        other.gain = other._gain(weight)
         return other
 
     def state(self) -> dict[str, Tensor]:
@@ -116,30 +149,57 @@ class DoRA(Wrapper):
     def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
         """m ((g - 1) f(x) + g h(x)) with h of ``inner``; on inputs g scales x instead."""
         y = op(x, weight.to(x)) if y is None else y
-        gain = self._gain(self._sum(weight)) if self.gain is None else self.gain
+        gain = self._gain(weight) if self.gain is None else self.gain
         gain = gain.to(x.device).flatten()
         if self.axis:
-            scaled = x * _channels(gain.repeat(op.groups), op).to(x)
+            scaled = x * channels(gain.repeat(op.groups), op).to(x)
             turned = op(scaled, weight.to(x)) + self.inner.bypass(scaled, op, weight)
             return (turned - y) * self.strength
-        gain = _channels(gain, op)
+        gain = channels(gain, op)
         h = self.inner.bypass(x, op, weight, y)
         return ((gain - 1) * self.strength).to(y) * y + (gain * self.strength).to(h) * h
 
-    def _sum(self, weight: Tensor) -> Tensor:
-        """V, in memory of its own."""
+    def adapted(self, layer: Layer, x: Tensor, mode: Mode = "auto") -> Tensor:
+        """g (f(x) + h(x)), or on inputs f(g x) + h(g x).
+
+        Keeps x and f(x) + h(x), or x and g x.
+        """
+        if mode == "rebuild" or self.strength != 1:
+            return super().adapted(layer, x, mode)
+        gain = self._gain(layer.weight()).to(x.device).flatten()
+        if self.axis:
+            gain = channels(gain.repeat(layer.op.groups), layer.op)
+            return self.inner.adapted(layer, x * gain.to(x), mode)
+        y = self.inner.adapted(layer, x, mode)
+        if layer.bias is None and y.dtype.itemsize >= 4:
+            return y * channels(gain, layer.op).to(y)
+        # Bit by bit y where g is 1, and in 16 bits g would lose how far it is from 1.
+        return torch.addcmul(y, unbiased(y, layer), channels(gain - 1, layer.op).to(y))
+
+    def _sum(self, weight: Tensor, inner: Algorithm) -> Tensor:
+        """W + dW of ``inner``, in memory of its own."""
         dtype, layout = wide_dtype(weight), torch.contiguous_format
-        return self.inner.merge(weight.to(dtype, copy=True, memory_format=layout))
+        copied = weight.to(dtype, copy=True, memory_format=layout)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inner.tensors.values()):
+            return copied + inner.delta(copied)
+        return inner.merge(copied)
 
     def _turned(self, weight: Tensor) -> Tensor:
         """V', in memory of its own."""
-        total = self._sum(weight)
-        return total.mul_(self._gain(total))
+        total = self._sum(weight, self.inner)
+        return total.mul_(self._gain(weight, None if self.measured else total))
 
-    def _gain(self, total: Tensor) -> Tensor:
-        """g, of the axes of V."""
+    def _gain(self, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        """g, of the axes of V; ``total`` is V where it is known already."""
+        with torch.no_grad():
+            total = self._sum(weight, self.measured or self.inner) if total is None else total
+            lengths = self._lengths(total)
+        return self.tensors[SCALE].to(lengths).reshape(lengths.shape) / lengths
+
+    def _lengths(self, total: Tensor) -> Tensor:
+        """||V|| + eps, (out, 1, ..) or (1, in, 1, ..)."""
         norm = _column_norms(total) if self.axis else torch.norm_except_dim(total, 2, 0)
-        return self.tensors[SCALE].to(total).reshape(norm.shape) / norm.add_(EPSILON)
+        return norm.add_(EPSILON)
 
 
 def _axis(lengths: Tensor, shape: Shape, *, vector: bool) -> int | None:
@@ -167,8 +227,3 @@ def _column_norms(total: Tensor) -> Tensor:
     return (
         squares.reshape(len(squares), -1).sum(1).sqrt_().reshape(-1, *(1,) * (total.ndim - 2))[None]
     )
-
-
-def _channels(gain: Tensor, op: Op) -> Tensor:
-    """(n,) as a factor of the channels that ``op`` reads or gives."""
-    return gain.reshape(-1, *(1,) * op.dims)

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
+from ..forms import Dense
 from ..tensors import scaled, wide
 from .base import AdapterConfig, Algorithm, Shape, Tensors
 
@@ -16,6 +17,8 @@ class Full(Algorithm):
 
     name = "full"
     title = "Full"
+    trainable = True
+    purpose = "every number of the weight, for fine-tuning; files as large as the model"
     suffixes = ("diff",)
     scaled = False
 
@@ -45,6 +48,10 @@ class Full(Algorithm):
     def merge(self, weight: Tensor) -> Tensor:
         return weight.add_(self._like(weight), alpha=self.scale)
 
+    def form(self, like: Tensor) -> Dense | None:
+        matrix = self._tensor.to(like.device)
+        return Dense(matrix, scale=self.scale) if matrix.ndim == 2 else None
+
     def state(self) -> dict[str, Tensor]:
         return {name: scaled(t, self.scale) for name, t in self.tensors.items()}
 
@@ -61,6 +68,8 @@ class Bias(Full):
 
     name = "bias"
     title = "Bias"
+    trainable = False
+    untrained = "it is trained beside the weight, by the option 'bias'"
     suffixes = ("diff_b", "b_norm")
     parameter = "bias"
 
@@ -73,15 +82,21 @@ class Replaced(Full):
 
     name = "set"
     title = "Replaced weight"
+    trainable = False
+    untrained = "the same is trained as a difference, by Full"
+    additive = False
     suffixes = ("set_weight",)
     reads_weight = True
 
     @classmethod
     def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
-        raise AdapterLabError("A weight that replaces another is read, not trained")
+        raise AdapterLabError(f"{cls.title} is read, not trained", found=cls.untrained)
 
     def delta(self, weight: Tensor) -> Tensor:
         return (self._like(weight) - weight).mul_(self.scale)
+
+    def form(self, like: Tensor) -> None:
+        return None
 
     def merge(self, weight: Tensor) -> Tensor:
         new = self._like(weight)

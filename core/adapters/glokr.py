@@ -34,6 +34,9 @@ class GLoKr(Algorithm):
 
     name = "glokr"
     title = "GLoKr"
+    trainable = True
+    purpose = "a LoKr of the weight and one of its input"
+    folds = tuple(path + name for path in (_A, _B) for name in ("w1", "w1_a"))
     suffixes = (*(_A + h for h in _HALVES), *(_B + h for h in _HALVES), _B + "t2")
     reads_weight = True
 

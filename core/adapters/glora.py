@@ -10,7 +10,8 @@ from typing_extensions import Self
 
 from ..errors import AdapterLabError
 from ..tensors import Op, kaiming_uniform, low_rank, unit_axes, wide
-from .base import AdapterConfig, Algorithm, Shape, Tensors, check_product, read_scale, require
+from .base import AdapterConfig, Algorithm, Shape, Tensors
+from .reading import check_product, read_scale, require
 
 A1, A2, B1, B2, CORE = "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"
 # The names of A_up, A_down, B_up, B_down: since LyCORIS 3.0, and before.
@@ -41,6 +42,9 @@ class GLoRA(Algorithm):
 
     name = "glora"
     title = "GLoRA"
+    trainable = True
+    purpose = "a LoRA of the weight and one of its input"
+    folds = (A2, B2)
     suffixes = (A1, A2, B1, B2)
     reads_weight = True
 
@@ -64,7 +68,7 @@ class GLoRA(Algorithm):
 
     @classmethod
     def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
-        """a1 and b1 kaiming-uniform, a2 and b2 zero."""
+        """a1 and b1 kaiming-uniform, a2 and b2 zero, or under a scalar as a1 and b1."""
         (out, width, *k), r = shape, config.rank
         unit = (1,) * len(k)
         device = generator.device
@@ -74,6 +78,8 @@ class GLoRA(Algorithm):
             B1: kaiming_uniform((out, r, *unit), generator),
             B2: torch.zeros(r, width, *k, device=device, dtype=torch.float32),
         }
+        if config.scalar:
+            tensors |= {name: kaiming_uniform(tensors[name].shape, generator) for name in (A2, B2)}
         return cls(tensors, config.scale)
 
     @property

@@ -10,7 +10,8 @@ from typing_extensions import Self
 
 from ..errors import AdapterLabError
 from ..tensors import scaled, wide
-from .base import Algorithm, Shape, Tensors, check_product, require
+from .base import Algorithm, Shape, Tensors
+from .reading import check_product, require
 from .wrapper import Wrapper
 
 # What a path is made of: Xd Xu, one X, or the zeros that peft keeps for a path that is off.
@@ -31,6 +32,7 @@ class PeftGLoRA(Algorithm):
 
     name = "glora_peft"
     title = "GLoRA (peft)"
+    untrained = "GLoRA trains the low-rank terms of it"
     suffixes = tuple(f"glora_{path}.{kind}" for path in "ABCDE" for kind in _KINDS)
     scaled = False
     reads_weight = True

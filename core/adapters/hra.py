@@ -14,8 +14,9 @@ from typing_extensions import Self
 from ..errors import AdapterLabError
 from ..orthogonal import exact, reflections
 from ..tensors import Op, low_rank, wide
-from .base import Algorithm, Shape, Tensors, read_number, require
+from .base import Algorithm, Shape, Tensors
 from .lora import DOWN, UP, LoRA
+from .reading import read_number, require
 
 VECTORS, STRENGTH = "hra_u", "hra_strength"
 
@@ -39,6 +40,7 @@ class HRA(Algorithm):
 
     name = "hra"
     title = "HRA"
+    untrained = "it starts from pairs of reflections that undo each other only up to rounding"
     suffixes = (VECTORS, STRENGTH)
     scaled = False
     reads_weight = True

@@ -10,7 +10,8 @@ from typing_extensions import Self
 
 from ..errors import AdapterLabError
 from ..tensors import Op, scaled, wide
-from .base import AdapterConfig, Algorithm, Shape, Tensors, require
+from .base import AdapterConfig, Algorithm, Shape, Tensors
+from .reading import require
 
 WEIGHT, ON_INPUT = "weight", "on_input"
 
@@ -53,6 +54,8 @@ class ChannelScale(Algorithm):
         v = (wide(self.vector, x).flatten() * self.scale).to(x.dtype)
         v = v.reshape(-1, *(1,) * op.dims)
         if self.axis(weight.shape):
+            # One for the channels of a group is for all groups.
+            v = v.repeat(x.shape[1] // len(v), *(1,) * op.dims) if op.dims else v
             return op(x * v, weight.to(x))
         return (op(x, weight.to(x)) if y is None else y) * v
 
@@ -89,6 +92,9 @@ class IA3(ChannelScale):
 
     name = "ia3"
     title = "(IA)^3"
+    trainable = True
+    purpose = "one factor a channel: the fewest numbers of all"
+    additive = False
     suffixes = (ON_INPUT, WEIGHT)
 
     def __init__(self, tensors: Tensors, scale: float = 1.0) -> None:
@@ -109,10 +115,11 @@ class IA3(ChannelScale):
 
     @classmethod
     def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
-        """w is zero, for output channels."""
-        size = (1, shape[0], *(1,) * (len(shape) - 2)) if len(shape) > 2 else (shape[0],)
+        """w is zero."""
+        n = shape[int(config.on_input)]
+        size = (1, n, *(1,) * (len(shape) - 2)) if len(shape) > 2 else (n,)
         weight = torch.zeros(size, device=generator.device, dtype=torch.float32)
-        return cls({WEIGHT: weight, ON_INPUT: torch.tensor(0)})
+        return cls({WEIGHT: weight, ON_INPUT: torch.tensor(int(config.on_input))})
 
     @property
     def vector(self) -> Tensor:

@@ -35,6 +35,7 @@ class PeftIA3(ChannelScale):
 
     name = "ia3_peft"
     title = "(IA)^3 (peft)"
+    untrained = "(IA)^3 trains the same factors"
     suffixes = (L,)
 
     def __init__(self, tensors: Tensors, scale: float = 1.0) -> None:

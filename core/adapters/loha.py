@@ -9,8 +9,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
+from ..forms import Hadamard
 from ..tensors import Op, add_hadamard, hadamard, inner, khatri_rao, low_rank, normal, rows_of, wide
-from .base import AdapterConfig, Algorithm, Shape, Tensors, check_product, read_scale, require
+from .base import AdapterConfig, Algorithm, Shape, Tensors
+from .reading import check_product, read_scale, require
 
 HALVES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 
@@ -28,6 +30,8 @@ class LoHa(Algorithm):
     name = "loha"
     title = "LoHa"
     trainable = True
+    purpose = "rank r^2 from two factors of rank r"
+    folds = ("hada_w1_a",)
     suffixes = tuple(name for names in zip(*HALVES, strict=True) for name in names)
 
     @classmethod
@@ -52,12 +56,14 @@ class LoHa(Algorithm):
 
     @classmethod
     def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
-        """N(0, std) with std 0.1 for B1 and the cores, 1 for A1 and A2, and 0 for B2."""
+        """N(0, std) with std 0.1 for B1 and the cores, 1 for A1 and A2, and 0 for B2, which under
+        a scalar is as B1."""
         (out, width, *k), r = shape, config.rank
         cores = config.tucker and any(n != 1 for n in k)
         columns = width if cores else math.prod((width, *k))
         tensors: dict[str, Tensor] = {}
-        for (a, b, core), std in zip(HALVES, (0.1, 0.0), strict=True):
+        stds = (0.1, 0.1 if config.scalar else 0.0)
+        for (a, b, core), std in zip(HALVES, stds, strict=True):
             tensors[a] = normal((r, out) if cores else (out, r), std, generator)
             tensors[b] = normal((r, columns), 1.0, generator)
             if cores:
@@ -92,6 +98,12 @@ class LoHa(Algorithm):
         b1, a1, b2, a2 = self._factors(x)
         down = khatri_rao(a1.T, a2.T).T.reshape(-1, *weight.shape[1:])
         return low_rank(x, op, khatri_rao(b1, b2).to(x.dtype), down.to(x.dtype))
+
+    def form(self, like: Tensor) -> Hadamard:
+        if HALVES[0][2] in self.tensors:
+            return Hadamard(*self._factors(like))
+        factors = (self.tensors[name].to(like.device) for half in HALVES for name in half[:2])
+        return Hadamard(*factors, scale=self.scale)
 
     def _half_shape(self, half: tuple[str, str, str]) -> tuple[int, ...]:
         a, b, *core = (self.tensors[name] for name in half if name in self.tensors)

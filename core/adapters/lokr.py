@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import AdapterLabError
+from ..forms import Form, Kronecker, NarrowKronecker
 from ..tensors import (
     Op,
     add_kron,
@@ -20,16 +21,8 @@ from ..tensors import (
     tucker,
     wide,
 )
-from .base import (
-    AdapterConfig,
-    Algorithm,
-    Shape,
-    Tensors,
-    check_product,
-    read_number,
-    read_scale,
-    require,
-)
+from .base import AdapterConfig, Algorithm, Shape, Tensors
+from .reading import check_product, read_number, read_scale, require
 
 W1, W2, T2 = "lokr_w1", "lokr_w2", "lokr_t2"
 
@@ -50,6 +43,8 @@ class LoKr(Algorithm):
     name = "lokr"
     title = "LoKr"
     trainable = True
+    purpose = "a Kronecker product: smallest files, or with full factors the most capacity"
+    folds = (W1, W1 + "_a")
     suffixes = (W1, W1 + "_a", W1 + "_b", W2, W2 + "_a", W2 + "_b", T2)
 
     def __init__(self, tensors: Tensors, scale: float, nominal_rank: float = 0.0) -> None:
@@ -78,7 +73,7 @@ class LoKr(Algorithm):
 
     @classmethod
     def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
-        """Everything kaiming-uniform but W2, or its second factor, which is zero.
+        """Everything kaiming-uniform but W2, or its second factor, which is zero without a scalar.
 
         A factor is low-rank where r is below half its longer side; W1 only with
         ``decompose_both``, neither with ``full_matrix``.
@@ -98,7 +93,8 @@ class LoKr(Algorithm):
         else:
             shapes |= {W2 + "_a": (c, r), W2 + "_b": (r, d * math.prod(k))}
         tensors = {name: kaiming_uniform(size, generator) for name, size in shapes.items()}
-        tensors[W2 + "_b" if low2 else W2].zero_()
+        if not config.scalar:
+            tensors[W2 + "_b" if low2 else W2].zero_()
         full = W1 in shapes and W2 in shapes
         return cls(tensors, 1.0 if full else config.scale, r)
 
@@ -161,6 +157,19 @@ class LoKr(Algorithm):
             left, right = (self.tensors[W2 + end].to(x).flatten(1) for end in ("_a", "_b"))
             y = (w1 @ (rows @ right.T)) @ left.T
         return y.flatten(-2)
+
+    def form(self, like: Tensor) -> Form:
+        first, scale = self._first(like), 1.0
+        if W1 in self.tensors:
+            first, scale = self.tensors[W1].to(like.device).flatten(1), self.scale
+        if W2 in self.tensors or T2 in self.tensors:
+            second = self.tensors[W2].to(like.device) if W2 in self.tensors else self._second(like)
+            return Kronecker(first, second.flatten(1), scale=scale)
+        left, right = (self.tensors[W2 + end].to(like.device).flatten(1) for end in ("_a", "_b"))
+        (a, b), (c, r), d = first.shape, left.shape, right.shape[1]
+        if r * (b * d + a * b + a * c) < b * c * (d + a):
+            return NarrowKronecker(first, left, right, scale=scale)
+        return Kronecker(first, wide(left, like) @ wide(right, like), scale=scale)
 
     def _first(self, like: Tensor) -> Tensor:
         """s W1, (a, b), wide."""

@@ -11,4 +11,7 @@ class Norm(Full):
 
     name = "norm"
     title = "Norm"
+    trainable = True
+    purpose = "the scales of norms only"
+    additive = False
     suffixes = ("w_norm",)

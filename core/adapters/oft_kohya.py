@@ -8,9 +8,10 @@ from typing_extensions import Self
 
 from ..errors import AdapterLabError
 from ..orthogonal import Blocks, cayley, exact, eye, frobenius, skew
-from .base import Tensors, numbered, read_number
+from .base import Tensors, numbered
 from .oft import BLOCKS as LYCORIS_BLOCKS
 from .oft import DIAG as LYCORIS_DIAG
+from .reading import read_number
 from .rotation import Rotation, check_blocks
 
 BLOCKS, DIAG = "kohya_oft_blocks", "kohya_oft_diag"
@@ -33,6 +34,7 @@ class KohyaOFT(Rotation):
 
     name = "oft_kohya"
     title = "OFT (kohya)"
+    untrained = "Diag-OFT with a constraint trains the same"
     suffixes = (BLOCKS, BLOCKS + ".*", DIAG, DIAG + ".*")
     finished_name = DIAG
 

@@ -39,6 +39,7 @@ class PeftOFT(Rotation):
 
     name = "oft_peft"
     title = "OFT (peft)"
+    untrained = "Diag-OFT trains such rotations in files that tell their settings by themselves"
     suffixes = (ROTATION, DIAG)
     on_input = True
     finished_name = DIAG

@@ -8,6 +8,7 @@ class ReplacedBias(Replaced):
 
     name = "set_bias"
     title = "Replaced bias"
+    untrained = "the same is trained as a difference, by the option 'bias'"
     suffixes = ("set_bias",)
     parameter = "bias"
 

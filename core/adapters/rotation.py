@@ -33,6 +33,7 @@ class Rotation(Algorithm):
     """
 
     scaled = False
+    additive = False
     reads_weight = True
     on_input: ClassVar[bool] = False
     finished_name: ClassVar[str]
@@ -159,8 +160,9 @@ class Rotation(Algorithm):
 
     def _turn(self, size: int, like: Tensor) -> Blocks | Butterfly:
         """M at this strength; a butterfly in float32 at least, for what it changes is small."""
-        turn = self.turn(self._scaled(like), size)
-        return turn.to(like if isinstance(turn, Blocks) else wide(like[:0], like))
+        # More digits would not survive the product with a float32 weight.
+        turn = self.turn([wide(e, like) for e in self._scaled(like)], size)
+        return turn.to(like) if isinstance(turn, Blocks) else turn
 
     def _gains(self, like: Tensor) -> Tensor | None:
         """m (g - 1), (out,)."""

@@ -6,17 +6,23 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
+from ..errors import AdapterLabError
 from ..tensors import wide
-from .base import Shape, Tensors, check_product, read_scale, require
+from .base import AdapterConfig, Shape, Tensors
+from .draw import Draw
 from .lora import LoRA
+from .ranks import Ranks
+from .reading import check_product, read_scale, require
 from .thin import Thin, product
 
 _linalg: Any = torch.linalg  # has no types
 
 Q, P, LAMBDA = "q_layer.weight", "p_layer.weight", "lambda_layer"
+START = tuple(f"{name}.start" for name in (Q, P, LAMBDA))
 _DEPTH, _SPARE, _ROUNDS = 10, 10, 20  # Krylov blocks, columns beyond the rank, restarts
 
 
@@ -29,7 +35,12 @@ class TLoRA(Thin):
     last or middle ones or, which could not be repeated, from those of a random matrix. W must be
     the weight that the adapter was trained on: they are worked out from the weight at hand, with
     whatever was merged into it before, which changes them. Training masks the higher ranks at high
-    noise; here all are active, as in LyCORIS' merging and wherever no mask is set.
+    noise; elsewhere all are active, as in LyCORIS' merging and wherever no mask is set.
+
+    In training the start is kept beside the factors, in ``START``, zeros until :meth:`started`. The
+    delta is computed as (P diag(l) - P0 diag(l0)) Q + P0 diag(l0) (Q - Q0): of the factors that it
+    begins with both terms are exactly zero. All of it is kept in float32, whatever is rounded would
+    be taken for a change.
 
     Reference: Soboleva et al. 2025, "T-LoRA: Single Image Diffusion Model Customization Without
     Overfitting", section 4.
@@ -37,8 +48,11 @@ class TLoRA(Thin):
 
     name = "tlora"
     title = "T-LoRA"
+    trainable = True
+    purpose = "fewer ranks the more noise there is, against memorising a few pictures"
     suffixes = (Q, P, LAMBDA)
-    reads_weight = True
+    frozen = START
+    precise = (Q, P, LAMBDA, *START)
 
     @classmethod
     def load(cls, tensors: Tensors, scale: float | None = None) -> Self | None:
@@ -50,6 +64,69 @@ class TLoRA(Thin):
         fits = point and p.shape[1] == len(q) and tuple(lam.shape) == (1, len(q))
         check_product(fits, factors, P, LAMBDA, Q)
         return cls(factors, read_scale(tensors, len(q), scale))
+
+    @classmethod
+    def init(cls, shape: Shape, config: AdapterConfig, generator: torch.Generator) -> Self:
+        """Zeros, in the place of the vectors that :meth:`started` takes from the weight.
+
+        The rank is at most the smaller side of the weight, which has no more vectors.
+        """
+        out, width, *k = shape
+        r = min(config.rank, out, width)
+        made = cls({}, config.scale)
+        sizes = ((r, width, *(1 for _ in k)), (out, r, *(1 for _ in k)), (1, r))
+        for name, size in zip((Q, P, LAMBDA, *START), (*sizes, *sizes), strict=True):
+            made.tensors[name] = torch.zeros(size, device=generator.device, dtype=torch.float32)
+        misfit = made.misfit(shape)
+        if misfit:
+            raise AdapterLabError(
+                "T-LoRA cannot be trained on this layer", found=misfit,
+                fix="Leave convolutions out, or choose another algorithm",
+            )  # fmt: skip
+        return made
+
+    def unstarted(self) -> Self:
+        """One that was read, as :meth:`started` and a snapshot of its training expect it."""
+        zeros = {f"{n}.start": torch.zeros_like(self.tensors[n]) for n in (Q, P, LAMBDA)}
+        return self.on({**self.tensors, **zeros})
+
+    @property
+    def reads_weight(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return START[0] not in self.tensors
+
+    @property
+    def needs_weight_to_start(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def started(self, weight: Tensor) -> Self:
+        """With the principal vectors of W as the start, and as the factors of a fresh one."""
+        kept = [self.tensors[name] for name in START if name in self.tensors]
+        if any(t.any() for t in kept):
+            return self
+        q = self.tensors[Q]
+        near = q.flatten(1) if q.any() else torch.randn(*q.shape[:2], generator=_generator())
+        q0, p0, lam0 = self._found(weight, near)
+        found = {Q: q0.reshape(q.shape), P: p0.reshape(self.tensors[P].shape), LAMBDA: lam0[None]}
+        found = {name: t.to(q.device, torch.float32) for name, t in found.items()}
+        start = {f"{name}.start": t.clone() for name, t in found.items()}
+        return self.on({**self.tensors, **({} if q.any() else found), **start})
+
+    @property
+    def draws(self) -> bool:
+        return START[0] in self.tensors
+
+    def drawn(self, draw: Draw) -> Ranks:
+        """The first r(t) ranks of each item, r(t) = floor((1 - t) (r - 1)) + 1.
+
+        Reference: section 4 of the paper; the lowest rank of 1 is that of LyCORIS.
+        """
+        active = ((1 - draw.t.double().cpu()) * (self.rank - 1)).floor() + 1
+        mask = torch.arange(self.rank) < active[:, None]
+        return Ranks(self._product(*self._begun()), mask.float())
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: t for name, t in super().state().items() if name not in START}
 
     @property
     def rank(self) -> int:
@@ -71,13 +148,29 @@ class TLoRA(Thin):
         return super().mismatch(shape)
 
     def lora(self, weight: Tensor) -> LoRA:
-        """[P diag(l) | -P0] [Q; diag(l0) Q0], of rank 2 r."""
-        p, q = (wide(self.tensors[name], weight).flatten(1) for name in (P, Q))
-        lam = wide(self.tensors[LAMBDA], weight)
+        """[P diag(l) - P0 diag(l0) | P0 diag(l0)] [Q; Q - Q0], of rank 2 r."""
+        if START[0] in self.tensors:
+            return self._product(*self._begun(), weight)
+        return self._product(*self._found(weight, self.tensors[Q].flatten(1)), weight)
+
+    def _found(self, weight: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q0, P0 and l0 of ``weight``; zeros past the smaller side, which has no more vectors."""
         matrix = wide(weight.detach(), weight).reshape(weight.shape[:2])
-        p0, lam0, q0 = principal(matrix, self.rank, q)
-        up, down = torch.cat((p * lam, -p0), 1), torch.cat((q, lam0[:, None] * q0))
-        return product(up, down, self.scale)
+        p0, lam0, q0 = principal(matrix, self.rank, near.to(matrix))
+        spare = self.rank - len(lam0)
+        return F.pad(q0, (0, 0, 0, spare)), F.pad(p0, (0, spare)), F.pad(lam0, (0, spare))
+
+    def _begun(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q0, P0 and l0 as they were kept."""
+        q0, p0, lam0 = (self.tensors[name].flatten(1) for name in START)
+        return q0, p0, lam0
+
+    def _product(self, q0: Tensor, p0: Tensor, lam0: Tensor, like: Tensor | None = None) -> LoRA:
+        like = q0 if like is None else like
+        q, p, lam = (wide(self.tensors[name], like).flatten(1) for name in (Q, P, LAMBDA))
+        began = wide(p0, like) * wide(lam0, like)
+        up = torch.cat((p * lam - began, began), 1)
+        return product(up, torch.cat((q, q - wide(q0, like))), self.scale)
 
 
 @torch.no_grad()
@@ -96,8 +189,7 @@ def principal(matrix: Tensor, rank: int, near: Tensor) -> tuple[Tensor, Tensor, 
     width = rank + _SPARE
     if 2 * width * _DEPTH > min(matrix.shape):
         return _exact(matrix, rank)
-    generator = torch.Generator().manual_seed(0)
-    spare = torch.randn(matrix.shape[1], _SPARE, generator=generator).to(matrix)
+    spare = torch.randn(matrix.shape[1], _SPARE, generator=_generator()).to(matrix)
     basis, last = _linalg.qr(torch.cat((near.T, spare), 1))[0], math.inf
     for _ in range(_ROUNDS):
         u, s, v = _ritz(matrix, _krylov(matrix, basis))
@@ -109,6 +201,10 @@ def principal(matrix: Tensor, rank: int, near: Tensor) -> tuple[Tensor, Tensor, 
             return top[0], top[1], top[2].T
         last = residual
     return _exact(matrix, rank)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _krylov(matrix: Tensor, block: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing_extensions import Self
 
 from ..errors import AdapterLabError
 from ..tensors import scaled, wide
-from .base import Shape, Tensors, check_product, require
+from .base import Shape, Tensors
 from .lora import LoRA
+from .reading import check_product, require
 from .thin import Thin, product
 
 A, B, LAMBDA_B, LAMBDA_D = "vera_A", "vera_B", "vera_lambda_b", "vera_lambda_d"
@@ -28,6 +29,7 @@ class VeRA(Thin):
 
     name = "vera"
     title = "VeRA"
+    untrained = "its random matrices belong to a whole file, not to a module"
     suffixes = (A, B, LAMBDA_B, LAMBDA_D)
     scaled = False
 

@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
+from ..forms import Layer, Mode
+from ..tensors import Op
 from .base import Algorithm, Shape, Tensors
+from .draw import Draw
 
 
 class Wrapper(Algorithm):
@@ -20,13 +23,16 @@ class Wrapper(Algorithm):
 
     suffixes = ()
 
-    def __init__(self, inner: Algorithm, tensors: Tensors = {}) -> None:  # noqa: B006
+    def __init__(self, inner: Algorithm, tensors: Tensors | None = None) -> None:
+        tensors = tensors or {}
         super().__init__({**inner.tensors, **tensors}, inner.scale)
         self.inner = inner
         self.own_names = tuple(tensors)
         # Looked up on instances as well, where a wrapper is what it wraps.
         described: Any = self
         described.name, described.title = inner.name, inner.title
+        described.trainable, described.up, described.folds = inner.trainable, inner.up, inner.folds
+        self.precise = inner.precise
 
     @classmethod
     def load(cls, tensors: Tensors, scale: float | None = None) -> Self | None:
@@ -60,6 +66,30 @@ class Wrapper(Algorithm):
     @property
     def bias(self) -> Algorithm | None:
         return self.inner.bias
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        names = {*self.inner.trained, *self.own_names}
+        return {name: t for name, t in self.tensors.items() if name in names}
+
+    @property
+    def needs_weight_to_start(self) -> bool:
+        return self.inner.needs_weight_to_start
+
+    def started(self, weight: Tensor) -> Algorithm:
+        return self._around(self.inner.started(weight))
+
+    @property
+    def draws(self) -> bool:
+        return self.inner.draws
+
+    def drawn(self, draw: Draw) -> Algorithm | None:
+        inner = self.inner.drawn(draw)
+        return None if inner is None else self._around(inner)
+
+    @property
+    def by_item(self) -> bool:
+        return self.inner.by_item
 
     @property
     def whole(self) -> str:
@@ -99,3 +129,24 @@ class Wrapper(Algorithm):
         other.scale = inner.scale
         other.tensors = {**inner.tensors, **self._own}
         return other
+
+
+class Acting(Wrapper):
+    """A wrapper that acts on the weight as another algorithm does, as ``inner`` if no other."""
+
+    @property
+    def acting(self) -> Algorithm:
+        """That algorithm."""
+        return self.inner
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.acting.delta(weight)
+
+    def merge(self, weight: Tensor) -> Tensor:
+        return self.acting.merge(weight)
+
+    def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.acting.bypass(x, op, weight, y)
+
+    def adapted(self, layer: Layer, x: Tensor, mode: Mode = "auto") -> Tensor:
+        return self.acting.adapted(layer, x, mode)

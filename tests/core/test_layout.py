@@ -20,6 +20,7 @@ ROWS = (
     "__main__ cli",
     "train merge bake",
     "adapters keys",
+    "forms",
     "archs quant cache orthogonal tensors files atomic hashes header metadata streams",
     "errors registry schedule",
 )

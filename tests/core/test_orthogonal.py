@@ -11,6 +11,8 @@ from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, Algorithm, load
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.orthogonal import cayley, eye, neumann, skew
 from adapter_lab.core.tensors import Op
+from lycoris.functional.boft import diff_weight as boft_diff_weight
+from lycoris.functional.general import power2factorization
 from lycoris.modules.boft import ButterflyOFTModule
 from lycoris.modules.diag_oft import DiagOFTModule
 from torch import Tensor, nn
@@ -227,9 +229,45 @@ def test_settings_that_are_off_may_be_anything() -> None:
     assert adapter.configured(exact).delta(weight).norm() > 0
 
 
-def test_no_butterfly_for_the_layer() -> None:
+@pytest.mark.parametrize("name, rows, rank", [("boft", 43, 8), ("boft", 42, 1), ("oft", 43, 8)])
+def test_no_blocks_for_the_layer(name: str, rows: int, rank: int) -> None:
     with pytest.raises(AdapterLabError, match="no blocks"):
-        ALGORITHMS["boft"].init((42, 8), AdapterConfig("boft", rank=8), torch.Generator())
+        ALGORITHMS[name].init((rows, 8), AdapterConfig(name, rank), torch.Generator())
+
+
+@pytest.mark.parametrize(
+    "rows, rank, stages, block",
+    [
+        (21504, 16, 10, 14),  # linear1 of FLUX.1, 2^10 * 21: spans of 7168 rows
+        (13824, 16, 8, 12),  # 2^9 * 27
+        (42, 8, 1, 6),
+        (3072, 16, 9, 12), (1280, 16, 8, 10), (4096, 16, 9, 16),  # all rows, as in LyCORIS
+    ],
+)  # fmt: skip
+def test_butterflies_mix_the_widest_spans(rows: int, rank: int, stages: int, block: int) -> None:
+    made = ALGORITHMS["boft"].init((rows, 8), AdapterConfig("boft", rank), torch.Generator())
+    assert made.tensors["oft_blocks"].shape == (stages, rows // block, block, block)
+    size, number = power2factorization(rows, rank)
+    assert (size, 1 << stages - 1) == (block, number) or not number
+
+
+def test_no_blocks_of_one_row() -> None:
+    """LyCORIS has 64 blocks of one row there, which never learn."""
+    made = ALGORITHMS["oft"].init((64, 8), AdapterConfig("oft", 64), torch.Generator())
+    assert made.tensors["oft_blocks"].shape == (8, 8, 8)
+
+
+def test_butterfly_of_fewer_stages_is_that_of_lycoris() -> None:
+    made = ALGORITHMS["boft"].init((84, 5), AdapterConfig("boft", 16), torch.Generator())
+    blocks = 0.3 * noise(*made.tensors["oft_blocks"].shape)
+    assert blocks.shape == (2, 6, 14, 14) and not power2factorization(84, 16)[1]
+    weight = noise(84, 5)
+    delta = made.on({"oft_blocks": blocks}).delta(weight)
+    theirs = boft_diff_weight(weight, blocks, None, constraint=0, backend="torch")
+    assert (delta - theirs).norm() < 1e-5 * theirs.norm()
+    # Rows of one span are mixed with each other, and with no others.
+    mixed = made.on({"oft_blocks": blocks}).delta(torch.eye(84)) != 0
+    assert torch.equal(mixed, torch.block_diag(*torch.ones(3, 28, 28)) != 0)
 
 
 @pytest.mark.parametrize("name", FILES)
