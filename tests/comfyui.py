@@ -44,6 +44,7 @@ TOOLS = (
     "pyright[nodejs]==1.1.414",
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
+    "pytest-xdist==3.8.0",
     "pytorch-optimizer==4.1.0",
     "ruff==0.17.6",
     "schedulefree==1.4.1",

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import AdapterLabError
+from .optimizers import FIELDS, OPTIMIZERS, Row
+from .patterns import pattern
+from .schedules import SCHEDULES, Shape, share
+
+ROUNDINGS = ("stochastic", "kahan")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its settings.
+    """How the factors are updated.
 
     Args:
+        optimizer: a key of ``OPTIMIZERS``.
         learning_rate: peak learning rate, reached after ``warmup`` steps.
-        weight_decay: decoupled weight decay.
+        weight_decay: as the optimizer has it, decoupled in most.
         clip: largest norm of the gradient of all factors together, 0 for none.
         warmup: steps of linear warm-up.
+        schedule: one of ``SCHEDULES``; ``cycles``, ``power``, ``decay`` and ``final`` shape it,
+            see :class:`Shape`.
+        betas: numbers with commas between them; empty for the optimizer's own.
+        lora_plus: how many times the rate of the side that starts at zero is that of the other
+            (Hayou et al. 2024, "LoRA+", section 4.2), 1 for the same.
+        rates: one ``pattern = rate`` a line: the learning rate of modules whose whole name the
+            regular expression matches; the first that matches counts.
+        text_encoder_rate: learning rate of text encoders, 0 for that of the model.
+        rounding: how bfloat16 factors take up updates that are smaller than their resolution.
+        arguments: one ``name = value`` a line, for the optimizer's class.
     """
 
     optimizer: str = "AdamW"
@@ -24,18 +43,161 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup: int = 0
+    schedule: str = "constant"
+    cycles: int = 1
+    power: float = 1.0
+    decay: float = 0.2
+    final: float = 0.0
+    betas: str = ""
+    lora_plus: float = 1.0
+    rates: str = ""
+    text_encoder_rate: float = 0.0
+    rounding: str = "stochastic"
+    arguments: str = ""
 
     def __post_init__(self) -> None:
+        require_choice("optimizer", self.optimizer, OPTIMIZERS)
+        require_choice("schedule", self.schedule, SCHEDULES)
+        require_choice("rounding", self.rounding, ROUNDINGS)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise AdapterLabError(
                 "The learning rate is unusable",
                 found=str(self.learning_rate),
-                expected="a positive number, 1e-4 for most adapters",
+                expected=f"a positive number, {self.row.rate:g} for most adapters",
             )
+        for name, (least, most) in _RANGES.items():
+            require_range(name, getattr(self, name), least, most)
+        self.parsed_betas()
+        self.parsed_rates()
+        self.parsed_arguments()
 
-    def rate(self, step: int) -> float:
-        """Learning rate of ``step`` (counted from 0)."""
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
+    @property
+    def row(self) -> Row:
+        """What there is to know of the optimizer."""
+        return OPTIMIZERS[self.optimizer]
+
+    def share(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate at ``step`` (counted from 0) of ``steps``."""
+        shape = Shape(self.warmup, self.cycles, self.power, self.decay, self.final)
+        return share(self.schedule, step, steps, shape)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of ``step`` (counted from 0) of ``steps``."""
+        return self.learning_rate * self.share(step, steps)
+
+    def parsed_betas(self) -> tuple[float, ...]:
+        """The betas to use; empty where the optimizer has none."""
+        if not self.betas.strip():
+            return self.row.betas
+        count = len(self.row.betas)
+        try:
+            found = tuple(float(part) for part in self.betas.split(","))
+        except ValueError:
+            found = ()
+        if len(found) != count or not count or not all(0 <= beta < 1 for beta in found):
+            usual = ", ".join(map(str, self.row.betas))
+            raise AdapterLabError(
+                f"'betas' of {self.optimizer} are unusable",
+                found=self.betas,
+                expected=f"{count} numbers from 0 to below 1 such as {usual}" if count else "none",
+            )
+        return found
+
+    def parsed_rates(self) -> list[tuple[str, float]]:
+        """(pattern, learning rate) of each line of ``rates``."""
+        found: list[tuple[str, float]] = []
+        for text, value in _assignments("rates", self.rates, "double_blocks.* = 5e-5"):
+            pattern(text)
+            try:
+                rate = float(value)
+            except ValueError:
+                rate = math.nan
+            if not (math.isfinite(rate) and rate > 0):
+                raise AdapterLabError(
+                    f"The learning rate of '{text}' is unusable",
+                    found=value,
+                    expected="a positive number",
+                    fix="To leave modules out, exclude them from the targets",
+                )
+            found.append((text, rate))
+        return found
+
+    def parsed_arguments(self) -> dict[str, Any]:
+        """Arguments for the optimizer's class."""
+        found: dict[str, Any] = {}
+        for name, value in _assignments("arguments", self.arguments, "eps = 1e-6"):
+            if name in FIELDS:
+                raise AdapterLabError(
+                    f"'{name}' is no argument of its own", fix=f"Set '{FIELDS[name]}'"
+                )
+            try:
+                found[name] = ast.literal_eval(_WORDS.get(value.lower(), value))
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                found[name] = value.strip("\"'")
+        return found
+
+    def notes(self) -> list[str]:
+        """What looks wrong but may be meant, a sentence each."""
+        row, rate, found = self.row, self.learning_rate, list[str]()
+        if not row.rate / 50 <= rate <= row.rate * 50:
+            why = ", which it multiplies with the rate that it finds by itself"
+            found.append(
+                f"a learning rate of {rate:g} is unusual for {self.optimizer}: "
+                f"{row.rate:g} is its usual one{why if row.estimates else ''}"
+            )
+        if row.averages and self.schedule != "constant":
+            found.append(
+                f"{self.optimizer} needs no schedule, since it averages the factors: 'constant' "
+                "is meant for it"
+            )
+        if row.estimates and self.warmup and "safeguard_warmup" not in self.arguments:
+            found.append(
+                f"with a warm-up, {self.optimizer} is better given the argument "
+                "'safeguard_warmup = True'"
+            )
+        return found
+
+
+# name -> least and most, both allowed
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "weight_decay": (0, 1000),
+    "clip": (0, 1e6),
+    "warmup": (0, 10**9),
+    "cycles": (1, 10_000),
+    "power": (0.01, 100),
+    "decay": (0.001, 1),
+    "final": (0, 1),
+    "lora_plus": (0.01, 1000),
+    "text_encoder_rate": (0, 1000),
+}
+_WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
+
+
+def require_choice(name: str, value: str, known: Collection[str]) -> None:
+    """Refuse a value of the field ``name`` that is not ``known``."""
+    if value not in known:
+        raise AdapterLabError(f"Unknown {name} '{value}'", expected=f"one of {', '.join(known)}")
+
+
+def require_range(name: str, value: float, least: float, most: float) -> None:
+    """Refuse a value of the field ``name`` outside of both bounds, which are allowed."""
+    if not least <= value <= most:  # NaN is in no range
+        raise AdapterLabError(
+            f"'{name}' is out of range", found=str(value), expected=f"{least:g} to {most:g}"
+        )
+
+
+def _assignments(name: str, text: str, example: str) -> list[tuple[str, str]]:
+    """Both sides of each line ``left = right``; the last sign counts, patterns may have some."""
+    found: list[tuple[str, str]] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        left, sign, right = (part.strip() for part in line.rpartition("="))
+        if not (left and sign and right):
+            raise AdapterLabError(
+                f"A line of '{name}' is unusable", found=line, expected=f"'{example}'"
+            )
+        found.append((left, right))
+    return found
 
 
 @dataclass(frozen=True)
@@ -67,6 +229,7 @@ class TrainConfig:
                     found=str(getattr(self, name)),
                     expected=f"{bound} or more",
                 )
+        require_range("seed", self.seed, 0, 2**64 - 1)
 
     def saves_at(self, step: int) -> bool:
         """Whether an adapter file is written after ``step`` completed steps."""

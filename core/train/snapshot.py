@@ -1,9 +1,15 @@
-"""A resumable state in one file: factors, optimiser moments, progress, and what it belongs to."""
+"""A resumable state in one file: factors, optimizer, averages, progress, what it belongs to.
+
+Tensors and the losses, which are many, are stored as such; what refers to them, and all else, is
+JSON in the metadata. Python writes a float so that reading gives the same bits, so nothing changes
+on the way.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,91 +19,171 @@ from torch import Tensor
 from ..adapters import Algorithm
 from ..errors import AdapterLabError
 from ..files import Adapter, read_adapter, write_adapter
-from .loop import Progress
+from .ema import Tracker
+from .optim import Optimizer
+from .progress import Progress
 
-FACTOR, MOMENT = "factor", "optimizer"
-_METADATA = {"identity", "circumstances", "optimizer", "progress"}
+_METADATA = {"identity", "circumstances", "settings", "optimizer", "progress"}
+_TENSOR, _TUPLE = "$tensor", "$tuple"
+_LOSSES = "progress|losses"  # float64
+
+
+class OtherRun(AdapterLabError):
+    """The state is of a run that trains something else."""
 
 
 def save(
     path: Path,
     adapters: Mapping[str, Algorithm],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     progress: Progress,
     identity: Mapping[str, Any],
     circumstances: Mapping[str, Any],
+    trackers: Tracker | None = None,
 ) -> None:
     """Write the state atomically.
 
     Args:
         identity: what a resumed run must agree on; JSON values.
-        circumstances: what it may change, but is told of; JSON values.
+        circumstances: what it may change, but is told of; JSON values. The settings of the
+            optimizer are among them by themselves.
     """
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{FACTOR}|{name}|{suffix}": t.detach() for name, suffix, t in _factors(adapters)}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, entries in state.items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{MOMENT}|{index}|{key}"] = value
-            else:
-                scalars.setdefault(str(index), {})[key] = value
-    metadata = {
-        "identity": json.dumps(identity, sort_keys=True),
-        "circumstances": json.dumps(circumstances, sort_keys=True),
-        "optimizer": json.dumps(scalars),
-        "progress": json.dumps(vars(progress)),
+    state = Adapter({f"factor|{key}": t.detach() for key, t in _factors(adapters).items()})
+    packed = _packed(optimizer.state_dict(), "optimizer", state, {})
+    for width, averages in trackers.states.items() if trackers else ():
+        state.update({f"ema|{width}|{i}": average for i, average in enumerate(averages)})
+    rest = dict(vars(progress))
+    state[_LOSSES] = torch.tensor(rest.pop("losses"), dtype=torch.float64)
+    parts = {
+        "identity": identity,
+        "circumstances": circumstances,
+        "settings": asdict(optimizer.config),
+        "optimizer": packed,
+        "progress": rest,
     }
-    adapter = Adapter(tensors)
-    adapter.metadata.update(metadata)
-    write_adapter(path, adapter)
+    state.metadata.update({k: json.dumps(v, sort_keys=k == "identity") for k, v in parts.items()})
+    write_adapter(path, state)
 
 
 def load(
     path: Path,
     adapters: Mapping[str, Algorithm],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     identity: Mapping[str, Any],
     circumstances: Mapping[str, Any],
+    trackers: Tracker | None = None,
 ) -> tuple[Progress, list[str]]:
-    """Restore what :func:`save` wrote into ``adapters`` and ``optimizer``, bit for bit.
+    """Restore what :func:`save` wrote into ``adapters``, ``optimizer`` and ``trackers``, bit for
+    bit.
+
+    Averages that were not tracked before begin with the factors as they are.
 
     Returns:
-        The progress, and the names of the circumstances that changed.
+        The progress, and the names of the circumstances and settings that changed.
 
     Raises:
-        AdapterLabError: no state, or one of other settings; names what differs.
+        OtherRun: a state of other modules or factors; names what differs.
+        AdapterLabError: no state, one of another optimizer, or a damaged one.
+            Nothing is restored then.
     """
+    stored, parts = _read(path)
+    _require_same(path, parts["identity"], identity)
+    factors = _factors(adapters)
+    for key, factor in factors.items():
+        _require_fit(path, f"factor|{key}", stored, factor)
+    try:
+        # Before the factors: it refuses the state of another optimizer.
+        optimizer.load_state_dict(_unpacked(parts["optimizer"], stored))
+        # In older states they are among the JSON.
+        losses = {"losses": cast(Any, stored[_LOSSES]).tolist()} if _LOSSES in stored else {}
+        progress = Progress.restored(parts["progress"] | losses)
+    except (KeyError, TypeError, ValueError, IndexError) as err:
+        raise AdapterLabError(f"The state '{path}' is damaged", found=f"no or a bad {err}") from err
+    with torch.no_grad():
+        for key, factor in factors.items():
+            factor.copy_(stored[f"factor|{key}"])
+    if trackers is not None:
+        _restore(trackers, stored, optimizer)
+    changed = _changed(parts["circumstances"], circumstances)
+    settings = _changed(parts["settings"], asdict(optimizer.config))
+    return progress, changed + [name.replace("_", " ") for name in settings]
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in now.items() if before.get(key) != value]
+
+
+def _read(path: Path) -> tuple[Adapter, dict[str, Any]]:
+    fix = "Set 'on_existing' to restart, or delete the file"
     try:
         stored = read_adapter(path)
     except AdapterLabError as error:
-        fix = "Set 'on_existing' to restart, or delete the file"
         raise AdapterLabError(error.failed, found=error.found, fix=fix) from error
     if not stored.metadata.keys() >= _METADATA:
-        raise AdapterLabError(f"'{path}' is not the state of a training run")
-    _require_same(path, json.loads(stored.metadata["identity"]), identity)
-    before = json.loads(stored.metadata["circumstances"])
-    changed = [key for key, value in circumstances.items() if before.get(key) != value]
-    with torch.no_grad():
-        for name, suffix, tensor in _factors(adapters):
-            tensor.copy_(stored[f"{FACTOR}|{name}|{suffix}"])
-    state: dict[int, dict[str, Any]] = {
-        int(i): dict(entries) for i, entries in json.loads(stored.metadata["optimizer"]).items()
-    }
-    for key, tensor in stored.items():
-        kind, index, entry = key.split("|")
-        if kind == MOMENT:
-            state.setdefault(int(index), {})[entry] = tensor.clone()
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    progress = json.loads(stored.metadata["progress"])
-    validation = [(int(step), float(loss)) for step, loss in progress["validation"]]
-    restored = Progress(progress["step"], progress["losses"], validation, progress["scale"])
-    return restored, changed
+        raise AdapterLabError(f"'{path}' is not the state of a training run", fix=fix)
+    try:
+        return stored, {name: json.loads(stored.metadata[name]) for name in _METADATA}
+    except ValueError as err:
+        raise AdapterLabError(f"The state '{path}' is damaged", found=str(err), fix=fix) from err
 
 
-def _factors(adapters: Mapping[str, Algorithm]) -> list[tuple[str, str, Tensor]]:
-    return [(n, s, t) for n in sorted(adapters) for s, t in adapters[n].tensors.items()]
+def _restore(trackers: Tracker, stored: Adapter, optimizer: Optimizer) -> None:
+    for width, averages in trackers.states.items():
+        for i, (average, factor) in enumerate(zip(averages, optimizer.factors, strict=True)):
+            average.copy_(stored.get(f"ema|{width}|{i}", factor.detach()))
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor], known: dict[int, str]) -> Any:
+    """``value`` as JSON, its tensors under ``name`` and what follows in ``tensors``, each once."""
+    if isinstance(value, Tensor):
+        key = known.setdefault(id(value), name)
+        tensors.setdefault(key, value.detach())
+        # A matrix product may round otherwise when its factors lie otherwise in memory.
+        return {_TENSOR: key} | ({} if value.is_contiguous() else {"stride": value.stride()})
+    if isinstance(value, dict):
+        items = cast("dict[str, Any]", value).items()
+        return {k: _packed(v, f"{name}|{k}", tensors, known) for k, v in items}
+    if isinstance(value, (list, tuple)):
+        entries = enumerate(cast("list[Any]", value))
+        packed = [_packed(v, f"{name}|{i}", tensors, known) for i, v in entries]
+        return {_TUPLE: packed} if isinstance(value, tuple) else packed
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise AdapterLabError(
+        "The state of this optimizer cannot be saved", found=f"{name} of type {type(value)}"
+    )
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What :func:`_packed` was given."""
+    if isinstance(value, list):
+        return [_unpacked(v, tensors) for v in cast("list[Any]", value)]
+    if not isinstance(value, dict):
+        return value
+    table = cast("dict[str, Any]", value)
+    if _TENSOR in table:
+        tensor = tensors[table[_TENSOR]]
+        if "stride" not in table:
+            return tensor
+        return torch.empty_strided(tensor.shape, table["stride"], dtype=tensor.dtype).copy_(tensor)
+    if _TUPLE in table:
+        return tuple(_unpacked(table[_TUPLE], tensors))
+    return {k: _unpacked(v, tensors) for k, v in table.items()}
+
+
+def _factors(adapters: Mapping[str, Algorithm]) -> dict[str, Tensor]:
+    """Every tensor of the adapters, those included that training leaves alone."""
+    return {f"{n}|{s}": t for n in sorted(adapters) for s, t in adapters[n].tensors.items()}
+
+
+def _require_fit(path: Path, key: str, stored: Mapping[str, Tensor], factor: Tensor) -> None:
+    found = stored.get(key)
+    if found is None or found.shape != factor.shape or found.dtype != factor.dtype:
+        facts = [
+            "none" if t is None else f"{tuple(t.shape)}, {str(t.dtype).removeprefix('torch.')}"
+            for t in (found, factor)
+        ]
+        raise _other(path, f"{key.replace('|', ' ')} {facts[0]}", facts[1])
 
 
 def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -106,12 +192,17 @@ def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, An
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         key = differing[0]
-        raise AdapterLabError(
-            f"The run '{path.parent.name}' was started with other settings",
-            found=f"{key} {before.get(key, 'missing')}",
-            expected=f"{now.get(key, 'none')}{more}",
-            fix="Choose another run name, or set 'on_existing' to restart",
-        )
+        found, expected = before.get(key, "missing"), now.get(key, "none")
+        raise _other(path, f"{key} {found}", f"{expected}{more}")
+
+
+def _other(path: Path, found: str, expected: str) -> OtherRun:
+    return OtherRun(
+        f"The run '{path.parent.name}' was started with other settings",
+        found=found,
+        expected=expected,
+        fix="Choose another run name, or set 'on_existing' to restart",
+    )
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
