@@ -39,12 +39,8 @@ def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) 
         return x, min(max(y, top), bottom)
 
     font = ImageFont.load_default(12)
-    for i in range(5):
-        value = low + (high - low) * i / 4
-        _, y = at(0, value)
-        draw.line([(left, y), (right, y)], fill=GRID)
-        draw.text((left - 6, y), f"{value:.3f}", fill=INK, anchor="rm", font=font)
-        step = round(steps * i / 4)
+    _grid(draw, top, [f"{low + (high - low) * i / 4:.3g}" for i in range(5)])
+    for step in (round(steps * i / 4) for i in range(5)):
         draw.text((at(step, low)[0], bottom + 8), str(step), fill=INK, anchor="mt", font=font)
     for values, colour, width in ((known, FAINT, 1), (smooth, LINE, 2)):
         points = [at(step, loss) for step, loss in values]
@@ -55,10 +51,9 @@ def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) 
         draw.line(marks, fill=DOTS, width=2)
     for x, y in marks:
         draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=DOTS)
-    legend = "training loss (mean)" + ("    held-out loss" if validation else "")
-    draw.text((left, SIZE[1] - 6), legend.split("    ")[0], fill=LINE, anchor="lb", font=font)
+    draw.text((left, SIZE[1] - 10), "training loss (mean)", fill=LINE, anchor="ls", font=font)
     if validation:
-        draw.text((left + 150, SIZE[1] - 6), "held-out loss", fill=DOTS, anchor="lb", font=font)
+        draw.text((left + 150, SIZE[1] - 10), "held-out loss", fill=DOTS, anchor="ls", font=font)
     return _tensor(image)
 
 
@@ -74,10 +69,7 @@ def block_plot(norms: Sequence[tuple[str, float]]) -> Tensor:
     left, top, right, bottom = MARGIN[0], MARGIN[1] + 14, SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
     font, small = ImageFont.load_default(12), ImageFont.load_default(10)
     tick = _tick(max((norm for _, norm in norms), default=0.0))
-    for i in range(5):
-        y = bottom - (bottom - top) * i / 4
-        draw.line([(left, y), (right, y)], fill=GRID)
-        draw.text((left - 6, y), f"{tick * i:g}", fill=INK, anchor="rm", font=font)
+    _grid(draw, top, [f"{tick * i:g}" for i in range(5)])
     draw.text((left, 8), "norm of the change by block", fill=INK, anchor="lt", font=font)
     runs = _runs(norms)
     # A gap of one bar between two runs.
@@ -97,6 +89,48 @@ def block_plot(norms: Sequence[tuple[str, float]]) -> Tensor:
             x += step
         x += step
     return _tensor(image)
+
+
+def level_plot(levels: Tensor, at: Tensor, weights: Tensor) -> Tensor:
+    """Histogram of sampled noise levels, and the weight of the loss, (1, h, w, 3) in [0, 1].
+
+    Args:
+        levels: drawn levels in (0, 1). at, weights: the curve of the weight over the level.
+    """
+    image, draw = _canvas()
+    left, top, right, bottom = MARGIN[0], MARGIN[1] + 14, SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
+    font = ImageFont.load_default(12)
+    counts = torch.histc(levels.float(), bins=50, min=0.0, max=1.0)
+    density = (counts * len(counts) / len(levels)).tolist()
+    tick, most = _tick(max(density)), max(float(weights.max()), 1e-12)
+    _grid(draw, top, [f"{tick * i:g}" for i in range(5)])
+    for i in range(5):
+        x = left + (right - left) * i / 4
+        draw.text((x, bottom + 8), f"{i / 4:g}", fill=INK, anchor="mt", font=font)
+    step = (right - left) / len(density)
+    for i, value in enumerate(density):
+        x, high = left + step * i, (bottom - top) * value / (4 * tick)
+        draw.rectangle([(x, bottom - high), (x + step - 1, bottom)], fill=FAINT)
+    curve = zip(at.tolist(), weights.tolist(), strict=True)
+    points = [
+        (left + (right - left) * t, bottom - (bottom - top) * 0.98 * w / most) for t, w in curve
+    ]
+    draw.line(points, fill=DOTS, width=2, joint="curve")
+    draw.text((left, 8), "density of the noise level", fill=LINE, anchor="lt", font=font)
+    legend = f"weight of the loss, at most {most:.3g}"
+    draw.text((right, 8), legend, fill=DOTS, anchor="rt", font=font)
+    draw.text((left, SIZE[1] - 6), "0 clean, 1 noise", fill=INK, anchor="lb", font=font)
+    return _tensor(image)
+
+
+def _grid(draw: ImageDraw.ImageDraw, top: int, labels: Sequence[str]) -> None:
+    """Horizontal lines at equal distances, and their labels from the lowest up."""
+    left, right, bottom = MARGIN[0], SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
+    font = ImageFont.load_default(12)
+    for i, label in enumerate(labels):
+        y = bottom - (bottom - top) * i / (len(labels) - 1)
+        draw.line([(left, y), (right, y)], fill=GRID)
+        draw.text((left - 6, y), label, fill=INK, anchor="rm", font=font)
 
 
 def _tick(high: float) -> float:
