@@ -12,6 +12,7 @@ from io import FileIO
 
 from .errors import AdapterLabError
 
+TEMPORARY = ".adapter_lab-*.tmp"  # files under way; a killed process leaves them behind
 _FIXES = {
     errno.ENOSPC: "Free some space and try again.",
     errno.EDQUOT: "Free some space and try again.",
@@ -53,7 +54,7 @@ def replacing(
     subject = f"Cannot write '{os.fspath(path)}'"
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
-    temporary = os.path.join(folder, f".adapter_lab-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(folder, TEMPORARY.replace("*", secrets.token_hex(8)))
     try:
         with telling(subject):
             _refuse(target, overwrite)

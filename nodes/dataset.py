@@ -60,6 +60,13 @@ class Dataset(io.ComfyNode):
                     tooltip="If given, the dataset is also saved under this name in "
                     "output/adapter_lab/datasets.",
                 ),
+                io.String.Input(
+                    "captions",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The texts of the conditioning, for training a text encoder: one for "
+                    "each latent, one for each batch, or one for all.",
+                ),
             ],
             outputs=_outputs(),
         )
@@ -71,8 +78,9 @@ class Dataset(io.ComfyNode):
         conditioning: list[Any],
         name: list[str],
         mask: list[Any] | None = None,
+        captions: list[str] | None = None,
     ) -> io.NodeOutput:
-        dataset = host.dataset(latents, conditioning, mask or [], name[0].strip())
+        dataset = host.dataset(latents, conditioning, mask or [], name[0].strip(), captions or ())
         if dataset.name:
             save_dataset(paths.new_dataset(dataset.name), dataset)
         return _output(dataset)

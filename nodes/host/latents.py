@@ -16,6 +16,7 @@ _UNSUPPORTED = (
     "control", "hooks", "gligen", "area", "mask", "start_percent", "end_percent",
     "additional_models",
 )  # fmt: skip
+CAPTIONS = "adapter_lab_captions"  # of the samples of a LATENT, one each
 
 
 def own(value: Any) -> Any:
@@ -36,29 +37,52 @@ def dataset(
     conditioning: Sequence[Sequence[Any]],
     masks: Sequence[Tensor | None],
     name: str,
+    captions: Sequence[str] = (),
 ) -> TrainDataset:
-    """Pair latents with conditioning: one each, one for each LATENT, or one for all."""
+    """Pair latents with conditioning, masks and captions: one each, one for each LATENT, or one
+    for all. Without ``masks`` those that came with the latents (Set Latent Noise Mask) count."""
     if any(getattr(latent["samples"], "is_nested", False) for latent in latents):
         raise AdapterLabError("Latents of several streams cannot be trained on")
     groups = [list(own(latent["samples"])) for latent in latents]
     samples = [sample for group in groups for sample in group]
     # Read once here: items that share a prompt share its tensors, in memory and on disk.
-    conds = [_conditioning(entry) for group in conditioning for entry in group]
+    conds = [text_of(entry) for group in conditioning for entry in group]
     texts = _spread(conds, groups, "conditioning")
     drawn = [own(mask) for group in masks if group is not None for mask in group]
-    areas = _spread(drawn, groups, "mask") if drawn else [None] * len(samples)
-    items = [
-        TrainItem(sample, *text, mask=mask)
-        for sample, text, mask in zip(samples, texts, areas, strict=True)
-    ]
+    areas = _spread(drawn, groups, "mask") if drawn else _noise_masks(latents, groups)
+    known = list(captions) or [text for latent in latents for text in latent.get(CAPTIONS, ())]
+    words = _spread(known, groups, "captions") if known else [""] * len(samples)
+    items: list[TrainItem] = []
+    for i, (sample, text, mask, said) in enumerate(zip(samples, texts, areas, words, strict=True)):
+        try:
+            items.append(TrainItem(sample, *text, mask=mask, caption=said))
+        except AdapterLabError as error:
+            raise error.about(f"Item {i}") from error
     return TrainDataset(items, name)
 
 
-def graph(item: TrainItem) -> tuple[dict[str, Tensor], list[Any]]:
-    """LATENT and CONDITIONING of one item."""
+def _noise_masks(
+    latents: Sequence[dict[str, Any]], groups: list[list[Tensor]]
+) -> list[Tensor | None]:
+    """The mask of each latent that came with its LATENT: (b or 1, 1, h, w), white is what to
+    paint, and so what to learn."""
+    found: list[Tensor | None] = []
+    for latent, group in zip(latents, groups, strict=True):
+        mask = own(latent.get("noise_mask"))
+        if mask is None:
+            found += [None] * len(group)
+            continue
+        flat = list(mask.reshape(-1, *mask.shape[-2:]))
+        # ComfyUI repeats what is too short.
+        found += [flat[i % len(flat)] for i in range(len(group))]
+    return found
+
+
+def graph(item: TrainItem) -> tuple[dict[str, Any], list[Any]]:
+    """LATENT and CONDITIONING of one item; the LATENT knows the caption."""
     extra = {k: v[None] if isinstance(v, Tensor) else v for k, v in item.extra.items()}
     cond = None if item.cond is None else item.cond[None]
-    return {"samples": item.latent[None]}, [[cond, extra]]
+    return {"samples": item.latent[None], CAPTIONS: [item.caption]}, [[cond, extra]]
 
 
 def _spread(values: list[Any], groups: list[list[Tensor]], what: str) -> list[Any]:
@@ -76,7 +100,7 @@ def _spread(values: list[Any], groups: list[list[Tensor]], what: str) -> list[An
     )
 
 
-def _conditioning(entry: Sequence[Any]) -> tuple[Tensor | None, dict[str, Any]]:
+def text_of(entry: Sequence[Any]) -> tuple[Tensor | None, dict[str, Any]]:
     """Text and the rest of one conditioning, without batch axis."""
     cond, extra = entry
     refused = [key for key in _UNSUPPORTED if extra.get(key) is not None]

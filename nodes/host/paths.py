@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,6 +23,8 @@ _DEMO_MODELS = ("diffusion_models", "vae", "loras")
 LONGEST_NAME = 100  # bytes; a file system takes 255, and we add to it
 _DEVICES = r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)"
 _FORBIDDEN = re.compile(rf'^$|^\.|[. ]$|[\x00-\x1f<>:"/\\|?*]|^{_DEVICES}', re.IGNORECASE)
+_RESERVED = re.compile(_DEVICES, re.IGNORECASE)
+_SHOWN = 40  # letters of a bad name in a message
 
 
 def register_demo_models() -> None:
@@ -48,6 +51,23 @@ def serve_web_files() -> None:
 def output(*parts: str) -> Path:
     """A path below ComfyUI's output folder."""
     return Path(folder_paths.get_output_directory()).joinpath(*parts)
+
+
+def input_folder(name: str) -> Path:
+    """A folder to read from: a full path, one below ComfyUI's input folder, else the demo's.
+
+    Raises:
+        AdapterLabError: a relative path that leaves the input folder.
+    """
+    base = Path(folder_paths.get_input_directory()).resolve()
+    found = (base / Path(name).expanduser()).resolve()
+    if not Path(name).expanduser().is_absolute() and not found.is_relative_to(base):
+        raise AdapterLabError(
+            f"The folder '{name}' is not in ComfyUI's input folder",
+            fix="Give its full path",
+        )
+    demo = DEMO / "images" / name
+    return demo if demo.is_dir() and not found.exists() else found
 
 
 def adapters() -> list[str]:
@@ -92,18 +112,38 @@ def checked_name(name: str, what: str) -> str:
     """
     stripped = name.strip()
     if _FORBIDDEN.search(stripped) or len(stripped.encode()) > LONGEST_NAME:
+        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
         raise AdapterLabError(
-            f"The {what} '{name}' cannot name a folder",
+            f"The {what} '{shown}' cannot name a folder",
+            found=_why(stripped),
             expected=f"at most {LONGEST_NAME} letters, digits, spaces, '-', '_' and inner dots",
             fix=f"Change the {what}",
         )
     return stripped
 
 
+def _why(name: str) -> str:
+    """What is wrong with a name, where it is not to be seen."""
+    if device := _RESERVED.match(name):
+        return f"'{device[1]}', a name that Windows keeps for a device"
+    size = len(name.encode())
+    return f"{size} bytes" if size > LONGEST_NAME else ""
+
+
 def run(name: str) -> TrainRun:
-    """A training run: its state is kept apart from its adapter files, which loaders list."""
+    """A training run: its folder, and the shelf in a folder of adapters that loaders list."""
     checked = checked_name(name, "run name")
     return TrainRun(checked, output("adapter_lab", "runs", checked), output("loras", checked))
+
+
+def runs() -> list[str]:
+    """The runs on disk, the one that was saved last first."""
+    saved: dict[str, float] = {}
+    for folder in output("adapter_lab", "runs").glob("[!.]*"):
+        with suppress(OSError):  # renamed just now, by a training that begins anew
+            if folder.is_dir():
+                saved[folder.name] = folder.stat().st_mtime  # of the last file put in place
+    return sorted(saved, key=lambda name: -saved[name])
 
 
 def dataset_folder(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Make the demo model and its datasets from nothing, in fixed steps and with fixed seeds.
 
-    python tests/demo/make.py --work FOLDER [--stages vae flux data] [--threads 1]
+    python tests/demo/make.py --work FOLDER [--stages vae flux data pictures] [--threads 1]
 
 Each stage keeps a checkpoint in the work folder, and a killed run goes on from it.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import autoencoder
 import concept
 import numpy as np
+import pictures
 import torch
 from flux import Flux, sample
 from PIL import Image
@@ -77,6 +78,10 @@ def make_flux(work):
 
 def make_data(work):
     concept.write_all(make_code(work), OUT / "datasets")
+
+
+def make_pictures(_work):
+    pictures.write_folder(OUT / "images" / "demo_stars")
 
 
 def finished_decoder(work):
@@ -143,7 +148,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--stages", nargs="*", default=["vae", "flux", "data"])
+    parser.add_argument("--stages", nargs="*", default=["vae", "flux", "data", "pictures"])
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
