@@ -168,6 +168,7 @@ class ArchSpec:
         layers: templates of the linear and convolution layers, own names.
         aliases: other names. Where they depend on the model: those of the published one.
         excludes: regexes (full match) of modules inside the blocks not trained by default.
+        also: regexes (full match) of modules outside the blocks that are.
         hidden: a module whose weight has hidden-size rows; the unit of ``Alias.rows``.
         layout: aliases of a model whose block table differs from the published one.
         parts: components of a model this describes; text encoders have their own entries.
@@ -187,6 +188,7 @@ class ArchSpec:
     layers: tuple[str, ...]
     aliases: tuple[Alias, ...] = ()
     excludes: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     hidden: str = ""
     layout: Callable[[Shapes], tuple[Alias, ...]] | None = None
     parts: tuple[str, ...] = ("model",)

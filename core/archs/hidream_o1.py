@@ -29,6 +29,7 @@ HIDREAM_O1 = ArchSpec(
     # transformers' class holds the model beside the head of the language model.
     aliases=aliases("model.", "", same(*_LAYERS, *_OTHERS), family="original"),
     excludes=(r".*(embed_tokens|lm_head).*",),
+    also=(r"x_embedder\.proj\d", r"final_layer2\.linear"),
     base_versions=("hidream_o1_image", "hidream_o1"),
     modelspec=("HiDream-O1-Image",),
     families={"musubi": "original"},

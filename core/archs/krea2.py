@@ -58,6 +58,7 @@ KREA2 = ArchSpec(
     blocks=(r"blocks\.\d+", r"txtfusion\.(layerwise|refiner)_blocks\.\d+"),
     layers=own_names(_LAYERS),
     aliases=_LAYERS + _NORMS + _SHORT,
+    also=(".*",),
     base_versions=("krea2",),
     modelspec=("Krea-2",),
     keep=(r"(?!blocks\.\d+\.).*", r".*(\.mod\.|norm).*"),

@@ -71,13 +71,19 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out = self.previous(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
+        return self.added(args[0] if args else kwargs["input"], out, out)
+
+    def added(self, x: Tensor, own: Tensor, out: Tensor) -> Tensor:
+        """``out`` and the h(x) of the adapters; ``own`` is f(x), which some of them turn.
+
+        Without autograd ``out`` is changed in place.
+        """
         terms = self.terms if self.is_active else ()
         acting = [t for t in terms if t.set(self.run.progress, x.device)]
         if not acting:
             return out
         with self._parameters(x, [term.algorithm for term in acting]) as (weight, bias):
-            y = out if bias is None else out - self._along(bias).to(out.dtype)
+            y = own if bias is None else own - self._along(bias).to(own.dtype)
             added = [(t.part.slice, self._term(t, x, y, weight, bias)) for t in acting]
         # The layers of a backward pass may need what they gave as it was.
         out = out.clone() if torch.is_grad_enabled() else out

@@ -1,35 +1,66 @@
 """A loaded model made ready for gradients, and put back exactly as it was.
 
-ComfyUI loads models in inference mode, runs fused kernels that have no backward pass and lets
-its models add in place to tensors that autograd still needs. :class:`Session` works around each
-for its lifetime without copying a weight.
+ComfyUI loads models in inference mode, keeps them quantised or in the memory of the CPU, runs
+fused kernels that have no backward pass and lets its models add in place to tensors that autograd
+still needs. :class:`Session` works around each for its lifetime without copying a weight.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import comfy.model_management
 import torch
 import torch.nn as nn
-from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ...core.adapters import Algorithm
-from ...core.archs import ArchSpec
 from ...core.errors import AdapterLabError
-from ...core.tensors import Op
+from ...core.train.layer import Mode
+from .adapting import adapting
+from .batch import Batch
+from .blocks import blocks
 from .bypass import KEY
-from .layers import dims, operation
-from .model import DIFFUSION
+from .checkpointing import checkpointed, standing_in
+from .compiled import Compiled
+from .kernels import attention_override, differentiable
+from .layers import dims, submodules
+from .memory import keeps_too_much, load
+from .model import DIFFUSION, architecture
+from .plain import plain_tensors
+from .precision import computing_in
 
-# More than there is: everything else has to leave the device, activations need the room.
-_ALL_MEMORY = 10**20
-_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm")
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How to trade time for memory; nothing here changes what is computed, but ``compute``.
+
+    Args:
+        checkpointing: "blocks" computes activations again in the backward pass; "auto": on a GPU,
+            and on a CPU whose memory they would fill.
+        offload: the inputs of checkpointed blocks wait in the memory of the CPU.
+        streaming: weights come from the memory of the CPU layer by layer: "on", "off", or "auto",
+            where the model does not fit.
+        compile: compile each block; ``backend`` as ``torch.compile`` takes it.
+        seed: of what adapters draw at random.
+        forward: how adapted layers compute, see :func:`core.train.layer.adapted`.
+        compute: dtype of activations, "auto" for the model's own.
+        latent: (b, c, *space) of the largest batch, for estimates of memory; empty: unknown.
+    """
+
+    checkpointing: Literal["auto", "off", "blocks"] = "auto"
+    offload: bool = False
+    streaming: Literal["auto", "off", "on"] = "auto"
+    compile: bool = False
+    seed: int = 0
+    forward: Mode = "auto"
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    latent: tuple[int, ...] = ()
+    backend: str = "inductor"
 
 
 def layers(model: Any) -> dict[str, nn.Module]:
@@ -37,14 +68,8 @@ def layers(model: Any) -> dict[str, nn.Module]:
 
     By duck type: quantised linears of ComfyUI are no ``nn.Linear``.
     """
-    modules = model.model.diffusion_model.named_modules()
+    modules = submodules(model.model.diffusion_model).items()
     return {name: module for name, module in modules if dims(module) is not None}
-
-
-def blocks(model: Any, arch: ArchSpec) -> list[str]:
-    """The repeated blocks of the model, in its order."""
-    names = [name for name, _ in model.model.diffusion_model.named_modules()]
-    return [name for name in names if any(re.fullmatch(block, name) for block in arch.blocks)]
 
 
 class Session:
@@ -52,21 +77,34 @@ class Session:
 
     Args:
         model: ModelPatcher; its patches are applied, so training goes on top of them.
-        adapters: module name inside the diffusion model -> trainable algorithm.
-        blocks: names of the modules to checkpoint, none for no checkpointing.
+        adapters: path as :func:`nodes.host.model.index` has it -> trainable algorithm.
+        clip: CLIP, where adapters are on its text encoders.
 
     Raises:
-        AdapterLabError: the model cannot be loaded as training needs it, or the strength of an
-            adapter on it changes while sampling.
+        AdapterLabError: the model cannot be loaded as training needs it, an adapter has no place in
+            it, or the strength of an adapter on it changes while sampling.
     """
 
-    def __init__(self, model: Any, adapters: Mapping[str, Algorithm], blocks: list[str]) -> None:
-        # Weights of a dynamic model may be evicted between forward and backward.
-        self.patcher = _static(model) if model.is_dynamic() else model
+    def __init__(
+        self, model: Any, adapters: Mapping[str, Algorithm],
+        options: SessionOptions = SessionOptions(), clip: Any = None,
+    ) -> None:  # fmt: skip
+        self.settings, self.adapters, self.clip = options, adapters, clip
+        whole = model.is_dynamic() and options.streaming == "off"
+        self.patcher = _static(model) if whole else model
+        self.model = self.patcher.model
         # Factors beside the layers are models of their own, which only a sampler loads by itself.
         self.held = self.patcher.get_nested_additional_models()
-        self.adapters, self.blocks = adapters, blocks
+        self.batch = Batch(adapters, options.seed)
+        self._compiled = Compiled(options.backend)
+        # A compiler would see through the copy, and keep the original after all.
+        self._keep: Any = torch.compiler.disable(_keep_input) if options.compile else _keep_input
         self._stack = ExitStack()
+        encoder = [path for path in adapters if not path.startswith(DIFFUSION)]
+        if encoder and clip is None:
+            raise AdapterLabError(
+                "Adapters of the text encoder need it", found=encoder[0], fix="Connect 'clip'"
+            )
         acting = self.patcher.get_attachment(KEY)
         if acting and acting.varies:
             raise AdapterLabError(
@@ -75,46 +113,50 @@ class Session:
             )
 
     def __enter__(self) -> Session:
-        with self._stack as stack:
+        options = self.settings
+        encoders = [self.clip.patcher] if self.clip is not None else []
+        with ExitStack() as stack:
             # Loading patches weights in place, which inference tensors allow only in their mode.
-            comfy.model_management.load_models_gpu(
-                [self.patcher, *self.held], memory_required=_ALL_MEMORY, force_full_load=True
-            )
-            self.model = self.patcher.model
-            self._require_loaded()
+            with torch.inference_mode():
+                patchers = [self.patcher, *self.held, *encoders]
+                load(patchers, self.patcher, options.streaming, options.latent)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            for patcher in (self.patcher, *self.held):
-                stack.enter_context(_plain_tensors(patcher.model))
-            stack.enter_context(_in_training())
-            network = self.model.diffusion_model
-            for module in network.modules():
-                if type(module).__name__ in _NORMS:
-                    handle = module.register_forward_pre_hook(_keep_input)
-                    stack.callback(handle.remove)
-            for name, algorithm in self.adapters.items():
-                module = network.get_submodule(name)
-                handle = module.register_forward_hook(_bypass(algorithm, operation(module)))
-                stack.callback(handle.remove)
-            for name in self.blocks:
-                stack.enter_context(_checkpointed(network.get_submodule(name)))
+            for patcher in (self.patcher, *self.held, *encoders):
+                stack.enter_context(plain_tensors(patcher.model, patcher.load_device))
+            stack.enter_context(differentiable())
+            if options.compute != "auto":
+                stack.enter_context(computing_in(COMPUTE[options.compute], self.model))
+            for patcher in (self.patcher, *encoders):
+                self._prepare(patcher, stack)
+            self._wrap_blocks(stack)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _require_loaded(self) -> None:
-        """Weights that are streamed in are overwritten by the next while autograd needs them."""
-        here = self.device.type
-        away = [name for name, p in self.model.named_parameters() if p.device.type != here]
-        if away:
-            raise AdapterLabError(
-                "The model is not loaded completely",
-                found=f"{len(away)} weights that are not on {self.device}",
-                expected="memory for the whole model, and ComfyUI without --novram",
-                fix="Use a smaller model or a quantised one",
-            )
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model as it was before, for a preview; in training again afterwards."""
+        self._stack.close()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def begin_batch(self, number: int, t: Tensor, part: int = 0) -> None:
+        """Tell adapters that draw at random, or act by noise level, what the next pass is of.
+
+        Args:
+            number: of the batch in the run. t: (b,) noise levels in (0, 1).
+            part: of the batch, which may take several forward passes.
+        """
+        self.batch.begin(number, t, part)
+
+    def end_batch(self) -> None:
+        """Adapters act as they are, without chance, as in validation."""
+        self.batch.end()
 
     @property
     def device(self) -> torch.device:
@@ -124,107 +166,69 @@ class Session:
     def options(self) -> dict[str, Any]:
         """Fresh ``transformer_options`` of the model, on an attention that has a backward pass."""
         options = dict(self.patcher.model_options.get("transformer_options", {}))
-        options["optimized_attention_override"] = _attention
+        options["optimized_attention_override"] = attention_override
         return options
+
+    def _prepare(self, patcher: Any, stack: ExitStack) -> None:
+        """Norms that keep their inputs, and adapters on their modules."""
+        modules = submodules(patcher.model)
+        for module in {id(m): m for m in modules.values()}.values():
+            if type(module).__name__.endswith("Norm"):
+                handle = module.register_forward_pre_hook(self._keep)
+                stack.callback(handle.remove)
+        inside = patcher is self.patcher
+        adapters = {p: a for p, a in self.adapters.items() if p.startswith(DIFFUSION) == inside}
+        current, options = self.batch.current, self.settings
+        how = (patcher.load_device, options.forward, options.compile)
+        stack.enter_context(adapting(modules, adapters, current, *how))
+
+    def _wrap_blocks(self, stack: ExitStack) -> None:
+        options = self.settings
+        if options.checkpointing == "off" and not options.compile:
+            return
+        names = blocks(self.patcher, architecture(self.patcher))
+        recomputes = self._recomputes(names)
+        if options.compile:
+            self._compiled.require(self.device)
+            stack.enter_context(self._compiled.limits(len(names)))
+        for name in names:
+            module = self.model.diffusion_model.get_submodule(name)
+            run = self._compiled.run(name, module.forward) if options.compile else None
+            if recomputes:
+                bound = self.batch.bound
+                stack.enter_context(checkpointed(module, bound, run, options.offload))
+            elif run is not None:
+                stack.enter_context(standing_in(module, run))
+
+    def _recomputes(self, names: list[str]) -> bool:
+        options = self.settings
+        if options.checkpointing != "auto":
+            if options.checkpointing == "blocks" and not names:
+                raise AdapterLabError(
+                    "Checkpointing needs blocks that repeat, and the model has none",
+                    fix="Set 'checkpointing' to off",
+                )
+            return options.checkpointing == "blocks"
+        on_cpu = self.device.type == "cpu"
+        return not on_cpu or keeps_too_much(self.patcher, len(names), options.latent)
 
 
 def _static(model: Any) -> Any:
     """The model loaded again without dynamic VRAM."""
     if model.cached_patcher_init is None:
         raise AdapterLabError(
-            "This model cannot be trained on while dynamic VRAM is on",
+            "This model cannot be kept whole in memory while dynamic VRAM is on",
             found="a loader that does not say how to load the model again",
-            fix="Load it with Load Diffusion Model or Load Checkpoint, or start ComfyUI with "
-            "--disable-dynamic-vram",
+            fix="Set 'streaming' to auto, or start ComfyUI with --disable-dynamic-vram",
         )
     return model.clone(disable_dynamic=True)
-
-
-def _attention(_chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    return attention_pytorch(*args, **kwargs)
 
 
 def _keep_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Give a norm its own copy of the residual stream, to which the blocks of several models add
     in place while the norm's backward pass still needs it."""
+    if not args or not isinstance(args[0], Tensor):
+        return args
     x, *rest = args
-    return (x.clone(), *rest) if torch.is_grad_enabled() and x.requires_grad else args
-
-
-def _bypass(algorithm: Algorithm, op: Op) -> Callable[..., Tensor]:
-    def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + algorithm.bypass(args[0], op, module.weight)
-
-    return hook
-
-
-@contextmanager
-def _in_training() -> Iterator[None]:
-    """ComfyUI's own switch from fused to differentiable kernels."""
-    before = comfy.model_management.in_training
-    comfy.model_management.in_training = True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before
-
-
-@contextmanager
-def _plain_tensors(model: nn.Module) -> Iterator[None]:
-    """Replace inference tensors by ordinary ones on the same memory."""
-    swapped: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for path, module in model.named_modules():
-            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for table in tables:
-                for name, tensor in table.items():
-                    if tensor is not None and tensor.is_inference():
-                        swapped.append((table, name, tensor))
-                        table[name] = _alias(tensor, f"{path}.{name}")
-        yield
-    finally:
-        for table, name, tensor in swapped:
-            table[name] = tensor
-
-
-def _alias(tensor: Tensor, name: str) -> Tensor:
-    if type(tensor.data) is not Tensor and type(tensor) not in (Tensor, nn.Parameter):
-        raise AdapterLabError(
-            f"Training on this model is not supported: '{name.removeprefix(DIFFUSION)}'",
-            found=f"a {type(tensor).__name__} weight",
-            expected="bf16, fp16 or fp32 weights",
-            fix="Load the unquantised model",
-        )
-    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    is_parameter = isinstance(tensor, nn.Parameter)
-    return nn.Parameter(plain, requires_grad=False) if is_parameter else plain
-
-
-@contextmanager
-def _checkpointed(module: nn.Module) -> Iterator[None]:
-    """Recompute ``module`` in the backward pass instead of keeping its activations."""
-    forward: Callable[..., Any] = module.forward
-
-    def fresh(*args: Any, **kwargs: Any) -> Any:
-        # The block may add in place to its inputs: the recomputation must start from the originals.
-        kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        return forward(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kept)
-
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        # Some models write into their options as they go; the recomputation must see them as now.
-        args = tuple(dict(a) if isinstance(a, dict) else a for a in args)
-        kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
-        return checkpoint(fresh, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    own = "forward" in vars(module)
-    module.forward = checkpointed
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = forward
-        else:
-            del module.forward
+    # Also what needs no gradient itself: a norm in training needs its input for that of its weight.
+    return (x.clone(), *rest) if torch.is_grad_enabled() else args

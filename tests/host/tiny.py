@@ -5,16 +5,21 @@ Run inside an environment where ``comfy`` imports. The files load through ComfyU
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import comfy.model_patcher
 import comfy.ops
+import comfy.supported_models
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.wan.model import WanModel
-from safetensors.torch import save_file
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from safetensors.torch import load_file, save_file
 
 FLUX = dict(
     in_channels=16, out_channels=16, vec_in_dim=32, context_in_dim=64, hidden_size=128,
@@ -41,6 +46,14 @@ HUNYUAN_VIDEO = dict(
     axes_dim=[16, 56, 56], theta=256, qkv_bias=True, guidance_embed=True, byt5=False,
     meanflow=False, meanflow_sum=False, use_cond_type_embedding=False, vision_in_dim=None,
 )  # fmt: skip
+# Its loader tells the number of blocks from a width that no tiny model has.
+COSMOS = dict(
+    image_model="cosmos_predict2", in_channels=16, out_channels=16, max_img_h=32, max_img_w=32,
+    max_frames=8, patch_spatial=2, patch_temporal=1, model_channels=64, num_blocks=2, num_heads=1,
+    concat_padding_mask=True, crossattn_emb_channels=1024, pos_emb_cls="rope3d",
+    pos_emb_learnable=True, pos_emb_interpolation="crop", min_fps=1, max_fps=30,
+    use_adaln_lora=True, adaln_lora_dim=16, extra_per_block_abs_pos_emb=False,
+)  # fmt: skip
 
 BUILDERS = {
     "flux": (Flux, FLUX),
@@ -56,6 +69,22 @@ def write(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Random weights of architecture ``kind``, a key of ``BUILDERS``, at ``path``."""
     build, options = BUILDERS[kind]
     model = build(**options, operations=comfy.ops.disable_weight_init, dtype=dtype, device="cpu")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(_random(model, dtype), str(path))
+    return path
+
+
+def cosmos() -> Any:
+    """A ModelPatcher of Cosmos-Predict2 with random weights."""
+    config = comfy.supported_models.CosmosT2IPredict2(dict(COSMOS))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    model.diffusion_model.load_state_dict(_random(model.diffusion_model, torch.float32))
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def _random(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, tensor in model.state_dict().items():
@@ -63,6 +92,22 @@ def write(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
         noise = torch.randn(tensor.shape, generator=generator) * scale
         is_norm = name.endswith(_NORMS) or "norm" in f".{name}".split(".")[-2]
         state[name] = (noise + 1.0 * is_norm).to(dtype).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    return state
+
+
+def quantise(source: Path, path: Path, form: str) -> Path:
+    """``source`` with the linear layers of its blocks in a format of ComfyUI, a key of
+    ``QUANT_ALGOS``, as ComfyUI's own tools write it."""
+    options = {"scale": "recalculate"} if form.startswith("float8") else {}
+    more = {"convrot_groupsize": 64} if form == "convrot_w4a4" else {}
+    state = load_file(str(source))
+    for key in [k for k in state if "blocks." in k and k.endswith(".weight")]:
+        if state[key].ndim == 2:
+            layout = QUANT_ALGOS[form]["comfy_tensor_layout"]
+            quantised = QuantizedTensor.from_float(state.pop(key), layout, **options, **more)
+            state |= quantised.state_dict(key)
+            said = json.dumps({"format": form, **more}).encode()
+            name = key.removesuffix("weight") + "comfy_quant"
+            state[name] = torch.tensor(list(said), dtype=torch.uint8)
     save_file(state, str(path))
     return path
