@@ -33,7 +33,8 @@ class TrainingInfo:
         network_module: networks.lora, lycoris.kohya, ...; network_args: such as {"algo": "loha"}.
         steps: optimiser steps done, of ``max_steps``.
         optimizer: dotted class name, such as torch.optim.adamw.AdamW; with its arguments.
-        items: number of items in the dataset.
+        items: pictures that an epoch visits, as often as they repeat; regularisation: those of it.
+        batches: of an epoch, 0 for ``items`` over ``batch_size``.
         resolution: (width, height) in pixels of the trained items.
         started, finished: Unix time, seconds.
         prediction: "epsilon", "v" or "flow"; ModelSpec has no word for the last.
@@ -65,6 +66,8 @@ class TrainingInfo:
     model_name: str = ""
     comment: str = ""
     prediction: str = ""
+    regularisation: int = 0
+    batches: int = 0
     extra: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
@@ -91,7 +94,7 @@ def _network(info: TrainingInfo) -> dict[str, object]:
 
 
 def _run(info: TrainingInfo) -> dict[str, object]:
-    batches = max(1, math.ceil(info.items / info.batch_size))
+    batches = info.batches or max(1, math.ceil(info.items / info.batch_size))
     steps_per_epoch = max(1, math.ceil(batches / info.accumulation))
     arguments = ",".join(f"{key}={value}" for key, value in info.optimizer_args.items())
     return {
@@ -112,7 +115,8 @@ def _run(info: TrainingInfo) -> dict[str, object]:
         "ss_epoch": math.ceil(info.steps / steps_per_epoch),
         "ss_num_epochs": math.ceil(info.max_steps / steps_per_epoch),
         "ss_num_batches_per_epoch": batches,
-        "ss_num_train_images": info.items,  # sd-scripts
+        "ss_num_train_images": info.items - info.regularisation,  # sd-scripts
+        "ss_num_reg_images": info.regularisation,
         "ss_num_train_items": info.items,  # musubi-tuner
         "ss_batch_size_per_device": info.batch_size,
         "ss_total_batch_size": info.batch_size * info.accumulation,

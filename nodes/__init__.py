@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import configure, dataset, inspect, load, save, train
+from . import (
+    configure,
+    dataset,
+    demo,
+    folder,
+    inspect,
+    load,
+    objective,
+    optimizer,
+    preview,
+    run,
+    save,
+    targets,
+    train,
+)
 from .host import paths
 
 
@@ -16,5 +30,8 @@ class AdapterLabExtension(ComfyExtension):
         paths.serve_web_files()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (load, inspect, save, dataset, configure, train)
+        modules = (
+            load, inspect, save, dataset, folder, configure, targets, optimizer, objective,
+            preview, train, run, demo,
+        )  # fmt: skip
         return [node for module in modules for node in module.NODES]

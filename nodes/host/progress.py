@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
 from server import PromptServer
 
 INTERVAL = 0.25  # seconds between two texts, which a browser lays out anew each time
+EVENTS = 0.1  # seconds between two events
 
 
 class Bar:
-    """Progress bar and text line of one node."""
+    """Progress bar, text line and events of one node."""
 
     def __init__(self, total: int, node_id: str | None) -> None:
         self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
-        self.total, self.node_id, self.due = total, node_id, 0.0
+        self.total, self.node_id = total, node_id
+        self.due = self.event_due = 0.0
 
     def update(self, value: int, text: str = "") -> None:
         """Move the bar to ``value`` and show ``text``; raises when the user cancelled."""
@@ -28,7 +31,26 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Show ``text`` below the node."""
-        # There is no server when nodes are called from a script.
-        server = getattr(PromptServer, "instance", None)
-        if text and server is not None and self.node_id is not None:
+        server = self._server
+        if text and server is not None:
             server.send_progress_text(text, self.node_id)
+
+    def may_send(self) -> bool:
+        """Whether the next event of many may be sent, ten a second of them."""
+        if time.monotonic() < self.event_due:
+            return False
+        self.event_due = time.monotonic() + EVENTS
+        return True
+
+    def send(self, event: str, data: dict[str, Any]) -> None:
+        """Send an event with the node's id to the client that queued the graph."""
+        server = self._server
+        if server is not None:
+            server.send_sync(f"adapter_lab.{event}", {"node": self.node_id, **data},
+                             server.client_id)  # fmt: skip
+
+    @property
+    def _server(self) -> Any:
+        """None when nodes are called from a script."""
+        server = getattr(PromptServer, "instance", None)
+        return None if self.node_id is None else server

@@ -2,123 +2,217 @@
 
 from __future__ import annotations
 
-import time
-import zlib
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import comfy.model_management
 import torch
 
-from ...core.adapters import ALGORITHMS, AdapterConfig, Algorithm
 from ...core.errors import AdapterLabError
-from ...core.files import Adapter, write_adapter
-from ...core.keys import resolve
-from ...core.train import snapshot
-from ...core.train.loop import Progress, make_optimizer, train, validate
-from ...core.train.random import generator
-from ...core.train.targets import Targets
-from .job import Job, Pace, Result, line, metadata, text
-from .model import DIFFUSION, architecture, require_fit, shapes
+from ...core.train.ema import Tracker
+from ...core.train.lock import locked
+from ...core.train.loop import Diverged, Step, train, validate
+from ...core.train.objective import Objective
+from ...core.train.optim import Optimizer
+from ...core.train.snapshot import OtherRun
+from . import effects, paths, resume, start
+from . import model as host
+from .advice import is_out_of_memory, out_of_memory
+from .job import Job, Result, require_unchanged, text, told
+from .keep import Keeper
+from .preview import Previews
 from .process import HostProcess
-from .progress import Bar
-from .session import Session, blocks, layers
+from .record import Record
+from .session import Session
+from .text import TextEncoder, is_trained, require_captions, static
+
+
+class _Enough(Exception):
+    """The chunk is done."""
 
 
 class Trainer:
     """One job in execution."""
 
     def __init__(self, job: Job, node_id: str | None = None) -> None:
-        self.job = job
-        self.arch = architecture(job.model)
-        self.bar = Bar(job.config.steps, node_id)
-        self.notes: list[str] = []
+        self.job, self.arch = job, host.architecture(job.model)
+        self.record = Record(job, node_id)
+        self.previews = job.preview and Previews(job.preview, job.run, paths.output())
 
     @torch.inference_mode(False)
     def run(self) -> Result:
-        """Train, or resume, to the last step.
+        """Train, or resume, to the last step or to that of the chunk.
 
         Whatever ends it early (cancel, an error, no memory), the state after the last completed
         step is on disk before the exception goes on.
         """
+        with locked(self.job.run.lock, f"The run '{self.job.run.name}'"):
+            self._require_existing()
+            self._begin()
+            if self.progress.step < self.job.config.steps:
+                self._train()
+                # Only now nothing of the model is held here any more.
+                comfy.model_management.soft_empty_cache()
+            return self._result()
+
+    def _begin(self) -> None:
+        """Adapters, optimizer and averages as of the state, if there is one."""
         job = self.job
-        self._refuse_existing()
-        self.adapters = self._adapters()
-        self.optimizer = make_optimizer(self.adapters, job.optimizer)
-        self.progress = self._restore()
-        self.pace, self.saved_at = Pace(self.progress.step, time.time()), self.progress.step
-        if self.progress.step < job.config.steps:
-            self._train()
-            # Only now nothing of the model is held here any more.
-            comfy.model_management.soft_empty_cache()
-        elif self.progress.step > job.config.steps:
-            self.notes.append(f"the run has more steps than the {job.config.steps} asked for")
-        if not job.run.checkpoint(self.progress.step).exists():
-            self._save()
-        report = text(job, self.adapters, self.progress, self.pace, self.notes)
-        return Result(self._adapter(), self.progress, report)
+        self.resumes = job.on_existing != "restart" and job.run.state.exists()
+        self.changed = resume.changed(job) if self.resumes else {}
+        made = start.adapters(job, self.arch, self.record.notes)
+        if is_trained(made):
+            self.job = job = job.with_clip(static(job.clip))
+            require_captions(job.dataset)
+            if job.validation is not None:
+                require_captions(job.validation, "validation set")
+        if not self.resumes:
+            made = start.started(made, job, job.session())
+        adapters = start.as_leaves(made, job)
+        optimizer = Optimizer(adapters, job.optimizer, job.config.seed)
+        averages = Tracker(optimizer.factors) if job.ema_tracking else None
+        self.keeper = Keeper(job, self.arch, adapters, optimizer, averages, self.record)
+        if self.resumes:
+            try:
+                self.keeper.restore()
+            except OtherRun as error:
+                modules = self.keeper.identity["module"]
+                raise resume.explained(job, error, self.changed, modules) from error
+        self.progress, self.start = self.keeper.progress, self.keeper.progress.step
+        self.record.resume(self.progress)
+        self.record.notes += [*job.optimizer.notes(), *effects.idle(job, made)]
+        if self.start >= job.config.steps:
+            require_unchanged(job, self.changed, self.start)
+        elif self.changed:
+            self.record.notes.append(f"resumed with {told(self.changed)}")
+        if self.start > job.config.steps:
+            self.record.notes.append(
+                f"the run has more steps than the {job.config.steps} asked for"
+            )
+        if self.previews and self.resumes:
+            self.previews.known(self.start)
 
     def _train(self) -> None:
-        job = self.job
+        keeper = self.keeper
         try:
-            # Loading a model patches it in place, which its inference tensors allow only there.
-            with (
-                torch.inference_mode(),
-                Session(job.model, self.adapters, self._blocks()) as session,
-            ):
-                process = HostProcess(session)
-                process.check([*job.dataset, *(job.validation or ())])
-                job.run.require_space()
-                # Not before everything that can be wrong was seen to be right.
-                if job.on_existing == "restart":
-                    job.run.clear()
-                if not self.progress.validation:
-                    self.bar.say("measuring the loss before training" if job.validation else "")
-                    self._validate(process)
-                self.pace.since = time.time()
-
-                def on_step(progress: Progress) -> None:
-                    if progress.step == self.pace.start + 1:
-                        self._note_idle_modules()
-                    if job.config.saves_at(progress.step):
-                        self._validate(process)
-                        self._save()
-                    self.bar.update(progress.step, line(job, progress, self.pace))
-
+            with self._process() as process:
+                self._prepare(process)
                 train(
-                    process, self.adapters, job.dataset, job.config,
-                    self.optimizer, job.optimizer, self.progress, on_step,
+                    process, keeper.adapters, self.job.dataset, self.job.config, self.objective,
+                    keeper.optimizer, self.progress, self._on_step, keeper.averages,
                 )  # fmt: skip
+        except _Enough:
+            pass
+        except BaseException as error:  # ComfyUI cancels with one
+            explained = self._left(error)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
-            # BaseException too: ComfyUI cancels with one.
-            if self.progress.step > self.saved_at:
-                self._save()
+            self.record.finish()
 
-    def _note_idle_modules(self) -> None:
-        """After a step every factor that has a part in the computation has a gradient."""
-        idle = [
-            name
-            for name, algorithm in self.adapters.items()
-            if all(factor.grad is None for factor in algorithm.tensors.values())
-        ]
-        if idle:
-            self.notes.append(
-                f"{len(idle)} modules take no part in the computation and learn nothing: "
-                f"{', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}"
+    @contextmanager
+    def _process(self) -> Iterator[HostProcess]:
+        job, adapters = self.job, self.keeper.adapters
+        trains_text = is_trained(adapters)
+        self.objective = Objective(job.objective)
+        with ExitStack() as stack:
+            clip = job.clip if trains_text else None
+            # Loading a model patches it in place, which inference tensors allow only there.
+            stack.enter_context(torch.inference_mode())
+            self.session = stack.enter_context(Session(job.model, adapters, job.session(), clip))
+            self.encoder = TextEncoder(clip, self.session) if trains_text else None
+            if self.encoder is not None:
+                stack.enter_context(self.encoder)
+            encode = self.encoder.encode if self.encoder is not None else None
+            yield HostProcess(self.session, job.objective.guidance, encode)
+
+    def _prepare(self, process: HostProcess) -> None:
+        """Everything before the first step; what is there is touched only once all is right."""
+        job, self.process = self.job, process
+        self.objective.require(process.noise)
+        process.check(job.dataset)
+        if job.validation is not None:
+            process.check(job.validation, "validation set")
+        job.run.require_space()
+        # A run that begins anew keeps what is there, as its shelf where its folder was deleted.
+        old = None if self.resumes else job.run.retire()
+        if old is not None:
+            self.record.notes.append(f"the old run is kept as '{old.name}'")
+        later = ", ".join(map(str, job.run.rewind(self.start)))
+        if later:
+            self.record.notes.append(f"deleted adapter files of steps to be trained anew: {later}")
+        self.record.begin(self.changed)
+        if not self.progress.validation:
+            self.record.bar.say("measuring the loss before training" if job.validation else "")
+            self._validate()
+        if self.start == 0:
+            self._preview()
+
+    def _on_step(self, step: Step) -> None:
+        job, done = self.job, self.progress.step - self.start
+        if step.idle:
+            shown = ", ".join(step.idle[:3]) + (" ..." if len(step.idle) > 3 else "")
+            self.record.notes.append(
+                f"the first step taught {len(step.idle)} modules nothing: {shown}"
             )
+        saves = job.config.saves_at(step.step)
+        enough = 0 < job.chunk <= done and step.step < job.config.steps
+        self.record.wrote(step)
+        if saves:
+            self._validate()
+        if saves or enough:
+            self.keeper.save()
+        self._preview()
+        self.record.show(step, last=enough or step.step >= job.config.steps)
+        if enough:
+            raise _Enough
 
-    def _validate(self, process: HostProcess) -> None:
+    def _validate(self) -> None:
         if self.job.validation is not None:
-            loss = validate(process, self.job.validation, self.job.config.seed)
+            with self.keeper.optimizer.evaluated():
+                loss = validate(
+                    self.process, self.job.validation, self.objective, self.job.config.seed
+                )
             self.progress.validation.append((self.progress.step, loss))
+            self.record.validated(self.progress.step, loss)
 
-    def _save(self) -> None:
-        run, state = self.job.run, (self._identity(), self._circumstances())
-        snapshot.save(run.state, self.adapters, self.optimizer, self.progress, *state)
-        write_adapter(run.checkpoint(self.progress.step), self._adapter())
-        self.saved_at = self.progress.step
-        run.prune(self.job.config.keep_last)
+    def _preview(self) -> None:
+        step = self.progress.step
+        if not (self.previews and self.previews.due(step)):
+            return
+        self.record.bar.say(f"sampling a preview after step {step}")
+        untouched = step == 0 and self.job.init_from is None
+        adapter = None if untouched else self.keeper.adapter()
+        with ExitStack() as stack:
+            if self.encoder is not None:
+                self.encoder.__exit__(None, None, None)
+                stack.callback(self.encoder.__enter__)
+            stack.enter_context(self.session.paused())
+            images = self.previews.take(self.job.model, adapter, step)
+        if self.previews.failure:
+            self.record.notes.append(self.previews.failure)
+        self.record.previewed(step, images)
 
-    def _refuse_existing(self) -> None:
+    def _left(self, error: BaseException) -> BaseException:
+        """Save what is not saved after ``error``; what to raise."""
+        keeper, step = self.keeper, self.progress.step
+        good = keeper.last_good()
+        if isinstance(error, Diverged):
+            parts = [error.fix, good]
+            try:
+                keeper.save_diverged()
+            except AdapterLabError as failure:
+                parts.append(f"Besides, what was learned before could not be saved: {failure}")
+            fix = ". ".join(part.rstrip(".") for part in parts if part)
+            return Diverged(error.failed, found=error.found, expected=error.expected, fix=fix)
+        if step > keeper.saved_at:
+            keeper.save()
+        if is_out_of_memory(error):
+            return out_of_memory(self.job, step + 1, error)
+        return error
+
+    def _require_existing(self) -> None:
         run, choice = self.job.run, self.job.on_existing
         if not run.exists or choice == "restart":
             return
@@ -127,103 +221,27 @@ class Trainer:
                 f"A run '{run.name}' exists already",
                 fix="Choose another name, or set 'on_existing' to resume or restart",
             )
-        if not run.state.exists():
+        # Killed behind its first checkpoint, before the state: it begins anew, and that is kept.
+        unsaved = run.config.exists() and run.config_step() == 0
+        if not run.state.exists() and not unsaved:
             raise AdapterLabError(
                 f"The run '{run.name}' cannot be resumed",
-                found=f"adapter files in {run.adapters.name}, but no state",
+                found=f"adapter files in {run.folder.name}, but no state",
                 fix="Choose another name, or connect its last adapter to 'init_from'",
             )
 
-    def _restore(self) -> Progress:
-        if self.job.on_existing == "restart" or not self.job.run.state.exists():
-            return Progress()
-        state = (self._identity(), self._circumstances())
-        progress, changed = snapshot.load(self.job.run.state, self.adapters, self.optimizer, *state)
-        if changed and progress.step < self.job.config.steps:
-            self.notes.append(f"resumed with another {', another '.join(changed)}")
-        return progress
-
-    def _identity(self) -> dict[str, Any]:
-        """What factors and moments depend on."""
-        return {
-            "architecture": self.arch.id if self.arch else None,
-            "optimizer": self.job.optimizer.optimizer,
-            "module": {
-                name: [a.name, a.scale, *(list(t.shape) for t in a.tensors.values())]
-                for name, a in self.adapters.items()
-            },
-        }
-
-    def _circumstances(self) -> dict[str, Any]:
-        """What a resumed run may change, but not by mistake."""
-        items = [(item.caption, item.latent.flatten()[:4].tolist()) for item in self.job.dataset]
-        return {
-            "dataset": zlib.crc32(str(items).encode()),
-            "seed": self.job.config.seed,
-            "batch size": [self.job.config.batch_size, self.job.config.accumulation],
-        }
-
-    def _adapters(self) -> dict[str, Algorithm]:
-        """Fresh or given adapters by module name, their factors as float32 leaves on the device."""
-        adapters = self._fresh() if self.job.init_from is None else self._given(self.job.init_from)
-        for algorithm in adapters.values():
-            for suffix, factor in algorithm.tensors.items():
-                leaf = factor.to(self.job.model.load_device, torch.float32, copy=True)
-                algorithm.tensors[suffix] = leaf.requires_grad_()
-        return adapters
-
-    def _fresh(self) -> dict[str, Algorithm]:
-        config = self.job.adapter or AdapterConfig()
-        algorithm, weights = ALGORITHMS[config.algorithm], shapes(self.job.model.model)
-        return {
-            name: algorithm.init(
-                weights[f"{DIFFUSION}{name}.weight"],
-                config,
-                generator(self.job.config.seed, f"init {name}"),
-            )
-            for name in self._chosen()
-        }
-
-    def _chosen(self) -> list[str]:
-        return (self.job.targets or Targets()).select(layers(self.job.model), self.arch)
-
-    def _given(self, adapter: Adapter) -> dict[str, Algorithm]:
-        """The modules of an adapter to go on from; they decide what is trained."""
-        entries, report = resolve(adapter, shapes(self.job.model.model))
-        require_fit(report, "Only an adapter of which everything fits can be trained on")
-        given = {e.path: e.algorithm for e in entries if e.slice is None and e.part == "model"}
-        if len(given) < len(entries) or not given.keys() <= layers(self.job.model).keys():
-            raise AdapterLabError(
-                "Training cannot go on from this adapter",
-                found="modules on parts of fused weights, in the text encoder or two on a layer",
-                expected="one module for each layer of the diffusion model",
-            )
-        config = self.job.adapter
-        kinds = {(a.name, a.rank) for a in given.values()}
-        if config is not None and kinds != {(config.algorithm, config.rank)}:
-            self.notes.append("algorithm and rank are those of 'init_from', not of 'config'")
-        if self.job.targets is not None and set(self._chosen()) != given.keys():
-            self.notes.append("the modules are those of 'init_from', not of 'targets'")
-        return given
-
-    def _blocks(self) -> list[str]:
-        choice, on_cpu = self.job.checkpointing, self.job.model.load_device.type == "cpu"
-        if choice == "off" or (choice == "auto" and (on_cpu or self.arch is None)):
-            return []
-        if self.arch is None:
-            raise AdapterLabError(
-                "Checkpointing needs to know the model's blocks",
-                found="an architecture that is not in the registry",
-                fix="Set 'checkpointing' to off",
-            )
-        return blocks(self.job.model, self.arch)
-
-    def _adapter(self) -> Adapter:
-        """The adapter as it is now, on the CPU, in ComfyUI's spelling."""
-        tensors = {
-            f"{DIFFUSION}{name}.{suffix}": tensor.detach().to("cpu", copy=True)
-            for name, algorithm in self.adapters.items()
-            for suffix, tensor in algorithm.state().items()
-        }
-        described = metadata(self.job, self.arch, self.adapters, self.progress, self.pace.since)
-        return Adapter(tensors, described, name=self.job.run.name)
+    def _result(self) -> Result:
+        job, run, progress = self.job, self.job.run, self.progress
+        if not run.checkpoint(progress.step).exists():
+            self.keeper.save()
+        self.keeper.publish()
+        adapter, record = self.keeper.adapter(), self.record
+        applied = host.apply(job.model, job.clip, adapter, 1.0, 1.0, "error")
+        return Result(
+            adapter, progress,
+            text(job, self.keeper.adapters, progress, self.start, record.per_step, record.notes),
+            applied.model, applied.clip,
+            previews=self.previews.shown if self.previews else (),
+            rates=record.rates,
+            continues=progress.step < job.config.steps,
+        )  # fmt: skip

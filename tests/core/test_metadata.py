@@ -34,6 +34,17 @@ INFO = TrainingInfo(
 )
 
 
+def test_repeats_and_regularisation_count_as_in_sd_scripts():
+    """Its DreamBoothDataset counts repeats, and regularisation by itself; batches are of buckets,
+    so more than images over batch size."""
+    found = training_metadata(replace(INFO, items=30, regularisation=10, batches=17))
+    expected = {
+        "ss_num_train_images": "20", "ss_num_reg_images": "10", "ss_num_batches_per_epoch": "17",
+        "ss_epoch": "4",
+    }  # fmt: skip
+    assert expected.items() <= found.items()
+
+
 def test_values_are_spelled_as_sd_scripts_spells_them():
     found = training_metadata(INFO)
     assert all(type(k) is str and type(v) is str for k, v in found.items())
@@ -55,6 +66,7 @@ def test_values_are_spelled_as_sd_scripts_spells_them():
         "ss_seed": "7",
         "ss_steps": "30",
         "ss_max_train_steps": "100",
+        "ss_num_reg_images": "0",
         "ss_num_batches_per_epoch": "5",
         "ss_epoch": "10",  # 5 batches, 2 accumulated: 3 steps an epoch
         "ss_num_epochs": "34",

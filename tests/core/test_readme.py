@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from adapter_lab.core.adapters import ALGORITHMS
+from adapter_lab.core.adapters.training import choices
 from adapter_lab.core.archs import ARCHITECTURES
 from adapter_lab.core.keys import FORMATS
+from adapter_lab.core.train.optimizers import OPTIMIZERS, PACKAGES
+from adapter_lab.core.train.schedules import SCHEDULES
 
 README = Path(__file__).parents[2] / "README.md"
 PATHS = {"own": "double_blocks.0.img_attn.qkv", "diffusers": "transformer_blocks.0.attn.to_q"}
@@ -40,6 +43,36 @@ def test_architectures() -> None:
     listed = {row[0]: row[1] for row in table("id")}
     assert list(listed) == list(ARCHITECTURES)
     assert [i for i, spec in ARCHITECTURES.items() if not listed[i].startswith(spec.title)] == []
+
+
+def test_what_can_be_trained() -> None:
+    listed = {row[0]: f"{row[1]}: {row[2]}" for row in table("algorithm")}
+    assert listed == choices()
+
+
+def test_optimizers() -> None:
+    listed = [
+        (package, *entry.rsplit(" ", 1))
+        for package, names in table("package")
+        for entry in names.split(", ")
+    ]
+    assert [(package, name, float(rate)) for package, name, rate in listed] == [
+        (PACKAGES[row.package], name, row.rate) for name, row in OPTIMIZERS.items()
+    ]
+
+
+def test_schedules() -> None:
+    assert [row[0] for row in table("schedule")] == [*SCHEDULES]
+
+
+def test_every_optional_package_is_named() -> None:
+    """By the text, and as an extra of the package."""
+    project = README.with_name("pyproject.toml").read_text("utf-8")
+    extras = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    wanted = {*PACKAGES.values(), "tensorboard", "wandb"} - {"torch"}
+    assert {*re.findall(r'"([\w-]+)"', extras)} == wanted
+    text = README.read_text("utf-8").partition("### Optional packages")[2].partition("\n## ")[0]
+    assert [package for package in wanted if package not in text] == []
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README.read_text("utf-8")))

@@ -67,8 +67,10 @@ def model(checkpoints: Callable[[str], Path]) -> Callable[[str], Any]:
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path) -> Path:
-    """An output folder for each test."""
-    before = folder_paths.get_output_directory()
+    """An output folder and one for users for each test."""
+    before = folder_paths.get_output_directory(), folder_paths.get_user_directory()
     folder_paths.set_output_directory(str(tmp_path / "output"))
+    folder_paths.set_user_directory(str(tmp_path / "user"))
     yield tmp_path / "output"
-    folder_paths.set_output_directory(before)
+    folder_paths.set_output_directory(before[0])
+    folder_paths.set_user_directory(before[1])

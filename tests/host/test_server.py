@@ -29,22 +29,43 @@ CONTRACT = {
     "block_weights schedule alpha",
     "AdapterLabInspect": "adapter model",
     "AdapterLabSave": "adapter filename_prefix key_format dtype metadata architecture",
-    "AdapterLabDataset": "latents conditioning mask name",
+    "AdapterLabDataset": "latents conditioning mask name captions",
+    "AdapterLabDatasetFolder": "vae clip folder name resolution flip missing_captions trigger "
+    "bucket_step buckets upscale masks caption_lines caption_extension prefix suffix shuffles "
+    "separator keep_tokens tag_dropout caption_dropout caption_seed frames frame_step clips "
+    "subfolders balance_regularisation unusable_files",
     "AdapterLabDatasetLoad": "name",
     "AdapterLabDatasetItem": "dataset index",
-    "AdapterLabTargets": "model preset exclude include",
-    "AdapterLabConfig": "algorithm rank alpha",
-    "AdapterLabOptimizer": "optimizer learning_rate",
+    "AdapterLabTargets": "model preset exclude include default_excludes convolutions norms blocks "
+    "train clip config",
+    "AdapterLabConfig": "algorithm rank alpha factor decompose_both full_matrix tucker conv_rank "
+    "conv_alpha unit constraint rescale dora dora_on rs_lora scalar on_input dropout rank_dropout "
+    "module_dropout bias precision forward",
+    "AdapterLabOptimizer": "optimizer learning_rate weight_decay clip warmup schedule cycles power "
+    "decay final betas lora_plus rates text_encoder_rate rounding arguments",
+    "AdapterLabObjective": "timestep_sampling mean std shift mode_scale min_timestep max_timestep "
+    "timestep_range weighting gamma loss huber_c huber_schedule unmasked_weight prior_weight "
+    "noise_offset adaptive_noise_scale input_perturbation guidance width height model",
+    "AdapterLabPreview": "positive negative vae width height steps cfg seed every sampler "
+    "scheduler frames",
     "AdapterLabTrain": "model dataset run_name steps batch_size accumulation seed save_every "
-    "keep_last on_existing checkpointing config targets optimizer validation init_from",
+    "keep_last on_existing checkpointing config targets optimizer objective preview validation "
+    "init_from ema_tracking clip chunk offload_activations streaming compile compute trackers",
+    "AdapterLabRun": "run_name",
+    "AdapterLabDemoText": "",
 }
 OUTPUTS = {
     "AdapterLabLoader": "MODEL CLIP STRING",
     "AdapterLabFile": "LORA_MODEL STRING",
     "AdapterLabInspect": "STRING IMAGE",
     "AdapterLabDataset": "TRAIN_DATASET STRING",
+    "AdapterLabDatasetFolder": "TRAIN_DATASET STRING",
     "AdapterLabDatasetItem": "LATENT CONDITIONING",
-    "AdapterLabTrain": "MODEL LORA_MODEL TRAIN_RUN LOSS_MAP IMAGE",
+    "AdapterLabTargets": "TRAIN_TARGETS STRING",
+    "AdapterLabObjective": "OBJECTIVE_CONFIG IMAGE",
+    "AdapterLabPreview": "TRAIN_PREVIEW",
+    "AdapterLabTrain": "MODEL LORA_MODEL TRAIN_RUN LOSS_MAP IMAGE CLIP",
+    "AdapterLabRun": "TRAIN_RUN LORA_MODEL STRING",
 }
 STEM = "diffusion_model.double_blocks.0.img_attn.qkv"
 

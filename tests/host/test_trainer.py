@@ -52,19 +52,27 @@ def output(model, kind):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "blocks"])
-@pytest.mark.parametrize("algorithm", [n for n, a in ALGORITHMS.items() if a.trainable])
-@pytest.mark.parametrize("kind", KINDS)
+OTHERS = [n for n, a in ALGORITHMS.items() if a.trainable and n not in ("norm", "lora")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm", "checkpointing"),
+    [
+        *((kind, "lora", mode) for kind in KINDS for mode in ("off", "blocks")),
+        *(("flux", name, "off") for name in OTHERS),
+    ],
+)
 def test_run_writes_adapters_that_load(load, kind, algorithm, checkpointing):
+    """With the targets that are usual for the model, and all that lies beside the adapters."""
     model = load(kind)
     before = output(model, kind)
     result = run(
-        model, kind, checkpointing=checkpointing, adapter=AdapterConfig(algorithm, 2, 2.0),
+        model, kind, checkpointing=checkpointing, adapter=AdapterConfig(algorithm, 4, 4.0),
         validation=samples.dataset(kind, 1, seed=8),
     )  # fmt: skip
     assert torch.equal(output(model, kind), before)
     assert written() == ["run-step00000002", "run-step00000004"]
-    stored = read_adapter(paths.run("run").adapters / "run-step00000004.safetensors")
+    stored = read_adapter(paths.run("run").folder / "run-step00000004.safetensors")
     assert stored.keys() == result.adapter.keys()
     assert all(torch.equal(stored[k], t) for k, t in result.adapter.items())
     assert stored.metadata["ss_steps"] == "4" and "sshs_model_hash" in stored.metadata
@@ -127,7 +135,7 @@ def test_cancel_keeps_what_was_learned_and_resume_is_exact(load, monkeypatch):
         interrupted(patch, 3)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             run(model, "flux", steps=6)
-    kept = paths.run("run").adapters / "run-step00000003.safetensors"
+    kept = paths.run("run").folder / "run-step00000003.safetensors"
     assert kept.exists() and paths.run("run").state.exists()
     assert torch.equal(output(model, "flux"), before)
     resumed = run(model, "flux", steps=6)
@@ -149,7 +157,7 @@ def test_existing_run(load):
     first = run(model, "flux")
     with pytest.raises(AdapterLabError, match="exists already"):
         run(model, "flux", on_existing="error")
-    with pytest.raises(AdapterLabError, match="other settings.*qkv"):
+    with pytest.raises(AdapterLabError, match="other settings.*rank 2 -> 3"):
         run(model, "flux", steps=6, adapter=AdapterConfig("lora", 3, 3.0))
     restarted = run(model, "flux", steps=3, on_existing="restart")
     assert restarted.progress.losses == first.progress.losses[:3]
@@ -157,7 +165,11 @@ def test_existing_run(load):
 
 
 def written():
-    return sorted(f.stem for f in paths.run("run").adapters.glob("*.safetensors"))
+    """The checkpoints, which loaders have to see as well."""
+    run = paths.run("run")
+    found = [path.stem for _, path in run.checkpoints()]
+    assert sorted(path.stem for path in run.shelf.glob("*")) == found
+    return found
 
 
 def test_restart_deletes_nothing_before_all_is_known_to_be_right(load):
@@ -182,7 +194,7 @@ def test_adapter_files_without_a_state_are_not_overwritten(load):
     assert written() == ["run-step00000002"]
 
 
-@pytest.mark.parametrize("blocked", ["adapters", "folder"])
+@pytest.mark.parametrize("blocked", ["shelf", "folder"])
 def test_a_place_that_cannot_be_written_to_is_found_before_training(load, monkeypatch, blocked):
     place = getattr(paths.run("run"), blocked)
     place.parent.mkdir(parents=True)
@@ -203,7 +215,7 @@ def test_damaged_state_says_what_to_do(load):
 def test_adapter_file_that_was_moved_is_written_again(load):
     model = load("flux")
     first = run(model, "flux")
-    for path in paths.run("run").adapters.iterdir():
+    for path in (*paths.run("run").folder.glob("run-*"), *paths.run("run").shelf.iterdir()):
         path.unlink()
     again = run(model, "flux")
     assert written() == ["run-step00000004"]
@@ -215,7 +227,8 @@ def test_other_data_and_fewer_steps_are_said(load):
     run(model, "flux")
     other = run(model, "flux", steps=5, dataset=samples.dataset("flux", seed=4))
     assert "resumed with another dataset" in other.report
-    assert "more steps than the 2 asked for" in run(model, "flux", steps=2).report
+    fewer = run(model, "flux", steps=2, dataset=samples.dataset("flux", seed=4))
+    assert "more steps than the 2 asked for" in fewer.report
 
 
 def test_shapes_of_factors_belong_to_the_run(load):
@@ -257,6 +270,32 @@ def test_init_from_goes_on_where_the_adapter_stopped(load):
     )  # fmt: skip
     assert second.progress.validation[0][1] == pytest.approx(first.progress.validation[-1][1])
     assert "not of 'config'" in second.report and "not of 'targets'" in second.report
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "oft"])
+def test_init_from_an_adapter_with_biases(load, algorithm):
+    model, held_out = load("flux"), samples.dataset("flux")
+    config = AdapterConfig(algorithm, 4, 4.0, bias=True)
+    options = {"validation": held_out, "adapter": config, "targets": Targets(norms=True)}
+    first = run(model, "flux", **options)
+    second = run(model, "flux", name="second", init_from=first.adapter, **options)
+    assert second.progress.validation[0][1] == pytest.approx(first.progress.validation[-1][1])
+    assert second.adapter.keys() == first.adapter.keys()
+    moved = [k for k, t in second.adapter.items() if not torch.equal(t, first.adapter[k])]
+    biases = {k for k in first.adapter if k.endswith("diff_b")}
+    assert biases and biases <= set(moved)
+
+
+def test_init_from_without_the_biases_that_are_asked_for(load):
+    first = run(load("flux"), "flux").adapter
+    asked = AdapterConfig(bias=True)
+    second = run(load("flux"), "flux", name="second", init_from=first, adapter=asked)
+    assert "biases are not trained" in second.report
+
+
+def test_what_an_algorithm_is_not_made_for_is_named(load):
+    with pytest.raises(AdapterLabError, match=r"^double_blocks\.0\.img_attn\.\w+: Only norms"):
+        run(load("flux"), "flux", adapter=AdapterConfig("norm"))
 
 
 def test_init_from_what_cannot_go_on(load):
@@ -311,8 +350,8 @@ def test_modules_that_learn_nothing_are_named(load):
     model = load("flux")
     model.model.diffusion_model.spare = torch.nn.Linear(8, 8)
     chosen = Targets("everything", (".*",), (".*qkv", "spare"))
-    report = run(model, "flux", targets=chosen).report
-    assert "1 modules take no part in the computation and learn nothing: spare" in report
+    with pytest.raises(AdapterLabError, match="no part in .*computation.*spare"):
+        run(model, "flux", targets=chosen)
 
 
 MIXED = {
