@@ -24,13 +24,16 @@ def main(names: list[str]) -> int:
         return subprocess.call([python, __file__, *names])
     sys.path[:0] = [str(HERE), str(HERE.parent / "host")]
     import loading
+    import loop
     import matching
     import merging
+    import steps
     import training
     from pairs import measure
 
     benches = {
-        **training.BENCHES, **loading.BENCHES, **merging.BENCHES, **matching.BENCHES
+        **training.BENCHES, **loading.BENCHES, **merging.BENCHES, **matching.BENCHES,
+        **steps.BENCHES, **loop.BENCHES,
     }  # fmt: skip
     if unknown := set(names) - set(benches):
         sys.stderr.write(f"No bench {', '.join(unknown)}; there are {', '.join(benches)}\n")
