@@ -63,10 +63,17 @@ class Run:
         return ("failed" if ruff or pyright else "passed"), said
 
     def core(self) -> tuple[str, str]:
-        return self.pytest("core")
+        return self.pytest("core", **self.side_by_side)
 
     def host(self) -> tuple[str, str]:
-        return self.pytest("host", ADAPTER_LAB_COMFYUI=str(self.home))
+        return self.pytest("host", ADAPTER_LAB_COMFYUI=str(self.home), **self.side_by_side)
+
+    @property
+    def side_by_side(self) -> dict[str, str]:
+        """Files of tests spread over the processors, of which each process takes one."""
+        workers = min(4, os.cpu_count() or 1)
+        options = f"{os.environ.get('PYTEST_ADDOPTS', '')} -n {workers} --dist loadfile"
+        return {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": options}
 
     def web(self) -> tuple[str, str]:
         browser = find_chromium()
