@@ -34,7 +34,8 @@ def test_shows_figures_and_curve_as_steps_come(front: FrontEnd, node: int) -> No
     figures = panel.get_by_role("status")
     expect(figures).to_contain_text("step 10 of 40")
     for text in ("loss 0.5000", "mean 0.7500", "rate 1.00e-4", "gradient 0.125",
-                 "speed 2.00 steps/s", "left 1:02:03", "memory 5.0 GiB", "held-out 1.2500"):  # fmt: skip
+                 "speed 2.00 steps/s", "left 1:02:03", "memory 5.0 GiB",
+                 "held-out 1.2500"):  # fmt: skip
         expect(figures).to_contain_text(text)
     line = panel.locator("polyline.batch")
     ends = [float(pair.split(",")[0]) for pair in line.get_attribute("points").split()]

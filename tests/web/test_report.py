@@ -276,7 +276,7 @@ def test_leaves_out_of_pictures_what_is_not_finite(front: FrontEnd) -> None:
     assert "<title>Loss over 4 steps, mean training loss 1 to 0.25, held-out loss 0.5 to" in loss
 
 
-@pytest.mark.parametrize("kind", ["AdapterLabConfig", "AdapterLabOptimizer", "KSampler"])
+@pytest.mark.parametrize("kind", ["AdapterLabPreview", "KSampler"])
 def test_nodes_that_report_nothing_have_no_panel(front: FrontEnd, kind: str) -> None:
     (node,) = front.build([(kind, {})], [])
     names = front.js("(id) => app.graph.getNodeById(id).widgets.map((w) => w.name)", node)
