@@ -2,8 +2,8 @@
 
     ADAPTER_LAB_COMFYUI=... python tests/web/thumbnail.py [NAME ...]
 
-Of a workflow that samples: left half without the adapter, right half with it, a prompt a row, the
-same seeds in both halves. Of another: the picture that it previews.
+Of a workflow that saves two sets of pictures: one in each half, a prompt a row, the same seeds in
+both. Of another: the picture that it previews.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def thumbnail(base: Path, shown: dict[str, list[dict]]) -> Image.Image:
     """`shown`: the pictures of each node as ComfyUI names them, by their prefix or "preview"."""
     files = {name: [base / one["type"] / one["subfolder"] / one["filename"] for one in images]
              for name, images in shown.items()}
-    if "preview" in files:
+    halves = [pictures for name, pictures in files.items() if name != "preview"]
+    if len(halves) != 2:
         return Image.open(files["preview"][0]).convert("RGB")
-    halves = [files["before"], files["after"]]
     return sheet(halves, len(halves[0]) // EACH, SHOWN, CELL)
 
 
