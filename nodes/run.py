@@ -12,7 +12,7 @@ from ..core.files import read_adapter
 from ..core.train.checkpoints import TrainRun
 from ..core.train.record import flat, read_json, read_metrics
 from .host import paths
-from .types import CATEGORY, TrainRunType, panel, report_output
+from .types import CATEGORY, TrainRunType, curve, panel, report_output
 
 _FIRST = 20  # steps whose mean loss is shown
 # What the report names, of the settings.
@@ -92,7 +92,7 @@ def _report(run: TrainRun) -> tuple[str, dict[str, Any]]:
     lines += [f"  {path.name}" for _, path in checkpoints]
     rates = [row.get("rate") for row in rows if "loss" in row]
     validation = [(row["step"], row["validation"]) for row in rows if "validation" in row]
-    return "\n".join(lines), {"losses": losses, "rates": rates, "validation": validation}
+    return "\n".join(lines), {"losses": losses, "rates": curve(rates), "validation": validation}
 
 
 NODES = [Run]

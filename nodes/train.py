@@ -24,6 +24,7 @@ from .types import (
     TrainPreviewType,
     TrainRunType,
     TrainTargetsType,
+    curve,
     panel,
 )
 
@@ -222,7 +223,7 @@ def _shown(result: Result) -> dict[str, Any]:
     return {
         "losses": result.progress.losses,
         "validation": result.progress.validation,
-        "rates": list(result.rates),
+        "rates": curve(result.rates),
         "previews": [{"step": step, "images": images} for step, images in result.previews],
         "continues": result.continues,
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
 CATEGORY = "adapter lab"
+_POINTS = 400  # of a curve
 
 TrainDatasetType = io.Custom("TRAIN_DATASET")
 TrainTargetsType = io.Custom("TRAIN_TARGETS")
@@ -36,6 +38,13 @@ def report_output(tooltip: str = "What matched, what did not and why, as text.")
 def panel(text: str, data: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """UI output: ``text`` for any client, ``data`` for the panel drawn on the node."""
     return {"text": [text], "adapter_lab": [{"text": text, **_plain(data or {})}], **more}
+
+
+def curve(values: Sequence[float | None]) -> list[tuple[int, float]]:
+    """(step, value) of as many of the steps 1, 2, .. as a picture shows, the last among them."""
+    every = max(1, math.ceil(len(values) / _POINTS))
+    points = [(i, v) for i, v in enumerate(values, 1) if v is not None]
+    return [(i, v) for i, v in points if (len(values) - i) % every == 0]
 
 
 def _plain(data: Any) -> Any:

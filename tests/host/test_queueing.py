@@ -10,6 +10,7 @@ import tiny
 import torch
 from adapter_lab.core.files import read_adapter
 from adapter_lab.core.train.storage import save_dataset
+from adapter_lab.nodes.types import curve
 from adapter_lab.tests.server import Server
 from conftest import COMFYUI
 
@@ -146,3 +147,11 @@ def test_events_tell_the_whole_curve(server):
     lines = (folder(server, "events") / "metrics.jsonl").read_text("utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses == [point[1] for point in points]
+
+
+def test_the_node_keeps_a_curve_of_any_length_small(server):
+    result = server.run(graph("curve", steps=3))
+    (shown,) = result.outputs[TRAIN]["adapter_lab"]
+    assert shown["rates"] == [[1, 1e-4], [2, 1e-4], [3, 1e-4]] and len(shown["losses"]) == 3
+    many = curve([float(i) for i in range(1, 100_002)])
+    assert 300 <= len(many) <= 400 and many[-1] == (100_001, 100_001.0)
