@@ -10,7 +10,7 @@ import torch
 from adapter_lab.core.adapters import load
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.tensors import Op, factorization
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from lycoris.functional import factorization as lycoris_factorization
 from lycoris.modules.base import LycorisBaseModule
@@ -159,7 +159,11 @@ def test_layers_and_ranks_of_any_size(
     randomise(module)
     channels = layer.weight.shape[1] * (groups if kernel else 1)
     x = torch.randn(2, channels, *(n + 1 for n in kernel))
-    forward = module.train()(x)
+    try:
+        forward = module.train()(x)
+    except RuntimeError as error:
+        assume("view size" not in str(error))  # LyCORIS itself fails on some Tucker kernels
+        raise
     adapter = load(dict(module.state_dict()))
     assert adapter is not None and adapter.misfit(layer.weight.shape) is None
     merged = adapter.merge(layer.weight.clone())
