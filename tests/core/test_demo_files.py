@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "workflows" / "demo"
 FLUX = DEMO / "diffusion_models" / "adapter_lab_demo_flux.safetensors"
 VAE = DEMO / "vae" / "adapter_lab_demo_vae.safetensors"
-DATASETS = ("demo_star", "demo_star_validation", "demo_prompts")
+DATASETS = ("demo_star", "demo_star_validation", "demo_dusk", "demo_prompts")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def pooled_name(item):
 
 def test_sizes():
     assert FLUX.stat().st_size + VAE.stat().st_size <= 8_000_000
-    assert sum(p.stat().st_size for p in DEMO.rglob("*") if p.is_file()) <= 8_500_000
+    assert sum(p.stat().st_size for p in DEMO.rglob("*") if p.is_file()) <= 8_750_000
 
 
 @pytest.mark.parametrize("path", [FLUX, VAE], ids=["flux", "vae"])
@@ -167,20 +167,22 @@ def test_round_trip_of_pictures(demo):
     assert -10 * (back - pictures).square().mean().log10() > 36
 
 
-def test_dataset_latents_are_what_the_encoder_gives(demo):
-    """Decoded stars read as the stars their captions name."""
+@pytest.mark.parametrize("name", ["demo_star", "demo_dusk"])
+def test_dataset_latents_are_what_the_encoder_gives(name, demo):
+    """Decoded shapes read as the shapes their captions name."""
     measure, autoencoder = demo("measure"), demo("autoencoder")
     tensors, net = load_file(VAE), autoencoder.decoder()
     prefix = "taesd_decoder."
     net.load_state_dict(
         {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     )
-    items, data = rows("demo_star")
+    items, data = rows(name)
     latents = torch.stack([data[item["latent"]] for item in items]).float()
     raw = (latents - tensors["vae_shift"].float()) * tensors["vae_scale"].float()
     with torch.no_grad():
         pictures = net(raw).clamp(0, 1).movedim(1, -1).numpy()
     assert measure.rates(pictures, [item["caption"] for item in items])["both"] > 0.97
+    assert (pictures[:, 0].mean() < 0.6) == (name == "demo_dusk")
 
 
 def test_folder_of_pictures_is_what_the_script_draws(demo, tmp_path):

@@ -2,6 +2,7 @@
 
 demo_star             star latents in four colours, then base latents that keep the old shapes
 demo_star_validation  other stars of the same kind, for the held-out loss
+demo_dusk             base shapes on darker grounds, captioned as if those were plain: a style
 demo_prompts          an empty latent with each prompt to sample; the empty prompt comes last
 """
 
@@ -41,11 +42,11 @@ def stars(code, seed, each):
     return captions, graph_latents(code, [draw(rng, c, 1.0, (16.5, 17.5)) for c in captions])
 
 
-def priors(code, seed, each):
-    """``each`` base pictures of every colour and shape, on plain grounds."""
+def priors(code, seed, each, ground=None):
+    """``each`` base pictures of every colour and shape, on plain grounds or on ``ground``."""
     rng = np.random.default_rng(seed)
     captions = [f"{c} {s} plain" for c in COLOURS for s in BASE_SHAPES for _ in range(each)]
-    return captions, graph_latents(code, [draw(rng, c) for c in captions])
+    return captions, graph_latents(code, [draw(rng, c, ground=ground) for c in captions])
 
 
 def write(folder, captions, latents):
@@ -67,4 +68,5 @@ def write_all(code, folder):
         folder / "demo_star", star_captions + base_captions, torch.cat((star_latents, base_latents))
     )
     write(folder / "demo_star_validation", *stars(code, 8, HELD_OUT))
+    write(folder / "demo_dusk", *priors(code, 9, PRIOR, "dusk"))
     write(folder / "demo_prompts", PROMPTS, torch.zeros(1, 16, 8, 8))

@@ -56,7 +56,12 @@ def coverage(shape, centre, radius):
 
 
 def ground_picture(rng, ground):
-    """A pale ground: one tint, or a linear run between a light and a darker tint; (64, 64, 3)."""
+    """A pale ground: one tint, or a linear run between a light and a darker tint; (64, 64, 3).
+
+    "dusk", which no caption names, is one darker, bluish tint."""
+    if ground == "dusk":
+        dark = np.array((0.46, 0.51, 0.58)) + rng.uniform(-0.03, 0.03, 3)
+        return np.broadcast_to(dark, (SIZE, SIZE, 3)).astype(np.float32)
     light = rng.uniform(0.84, 0.96) + rng.uniform(-0.04, 0.04, 3)
     if ground == "plain":
         return np.broadcast_to(light, (SIZE, SIZE, 3)).astype(np.float32)
@@ -72,15 +77,18 @@ def paint(picture, cover, colour):
     return (picture + (np.asarray(colour) - picture) * cover[..., None]).astype(np.float32)
 
 
-def draw(rng, caption, jitter=4.0, radii=(15.0, 19.0)):
-    """The picture of a caption; centre within ``jitter`` px of the middle, radius in ``radii``."""
-    colour, shape, ground = caption.split()
+def draw(rng, caption, jitter=4.0, radii=(15.0, 19.0), ground=None):
+    """The picture of a caption; centre within ``jitter`` px of the middle, radius in ``radii``.
+
+    ``ground``: another one than the caption names.
+    """
+    colour, shape, named = caption.split()
     centre = SIZE / 2 + rng.uniform(-jitter, jitter, 2)
     # The centroid of a triangle lies low in its box; the offset centres the box instead.
     radius = rng.uniform(*radii)
     centre[1] += 0.25 * OUTLINES[shape][3] * radius if shape == "triangle" else 0.0
     shade = np.clip(np.asarray(COLOURS[colour]) + rng.uniform(-0.03, 0.03, 3), 0.0, 1.0)
-    return paint(ground_picture(rng, ground), coverage(shape, centre, radius), shade)
+    return paint(ground_picture(rng, ground or named), coverage(shape, centre, radius), shade)
 
 
 def base_caption(rng):
