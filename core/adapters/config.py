@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..errors import AdapterLabError
+from ..checks import require_choice, require_range, require_rate
 
 PRECISIONS = ("fp32", "bf16")
 FORWARDS = ("auto", "bypass", "rebuild")
 DORA_AXES = ("output", "input")
 
-_INTEGERS = {"rank": 1, "factor": -1, "conv_rank": 0, "unit": 1}
-_NUMBERS = ("alpha", "conv_alpha", "constraint")
+_LEAST = {
+    "rank": 1, "factor": -1, "conv_rank": 0, "unit": 1,
+    "alpha": 0, "conv_alpha": 0, "constraint": 0,
+}  # fmt: skip
 _RATES = ("dropout", "rank_dropout", "module_dropout")
 _CHOICES = {"precision": PRECISIONS, "forward": FORWARDS, "dora_on": DORA_AXES}
 
@@ -76,22 +78,12 @@ class AdapterConfig:
     forward: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in _INTEGERS.items():
-            self._require(name, getattr(self, name) >= least, f"{least} or more")
-        for name in _NUMBERS:
-            fits = math.isfinite(getattr(self, name)) and getattr(self, name) >= 0
-            self._require(name, fits, "0 or more")
+        for name, least in _LEAST.items():
+            require_range(name, getattr(self, name), least)
         for name in _RATES:
-            self._require(name, 0 <= getattr(self, name) < 1, "0 to below 1")
+            require_rate(name, getattr(self, name))
         for name, choices in _CHOICES.items():
-            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-
-    def _require(self, name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise AdapterLabError(
-                f"No such {name.replace('_', ' ')}", found=str(getattr(self, name)),
-                expected=expected,
-            )  # fmt: skip
+            require_choice(name, getattr(self, name), choices)
 
     @property
     def scale(self) -> float:

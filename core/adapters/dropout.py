@@ -13,7 +13,7 @@ from .draw import Draw, thinned
 from .ia3 import IA3, WEIGHT
 from .lora import LoRA
 from .oft import BLOCKS
-from .ranks import Ranks, differs
+from .ranks import ByItem, Ranks
 from .rotation import Rotation
 from .wrapper import Acting, Wrapper
 
@@ -87,19 +87,12 @@ class Rows(Wrapper):
         return h * channels(self.rows, op).to(h)
 
 
-class Thinned(Wrapper):
+class Thinned(ByItem):
     """h(x) with dropout."""
 
     def __init__(self, inner: Algorithm, rate: float, seed: int) -> None:
         super().__init__(inner)
         self.rate, self.seed = rate, seed
-
-    @property
-    def by_item(self) -> bool:
-        return True
-
-    def delta(self, weight: Tensor) -> Tensor:
-        raise differs()
 
     def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
         return thinned(self.inner.bypass(x, op, weight, y), self.rate, self.seed)

@@ -12,7 +12,21 @@ from .lora import LoRA
 from .wrapper import Wrapper
 
 
-class Ranks(Wrapper):
+class ByItem(Wrapper):
+    """A wrapper that differs between the items of a batch: there is no one delta."""
+
+    @property
+    def by_item(self) -> bool:
+        return True
+
+    def delta(self, weight: Tensor) -> Tensor:
+        raise AdapterLabError(
+            "Dropout of activations has no weight to rebuild",
+            fix="Set 'forward' to auto or bypass",
+        )
+
+
+class Ranks(ByItem):
     """A LoRA whose rank channels are masked, h(x) = s B (mask o A x).
 
     Args:
@@ -30,13 +44,6 @@ class Ranks(Wrapper):
         assert isinstance(self.inner, LoRA)
         return self.inner
 
-    @property
-    def by_item(self) -> bool:
-        return True
-
-    def delta(self, weight: Tensor) -> Tensor:
-        raise differs()
-
     def bypass(self, x: Tensor, op: Op, weight: Tensor, y: Tensor | None = None) -> Tensor:
         up, down, mid = self.lora.factors(x)
         up = up.to(x.dtype)
@@ -51,11 +58,3 @@ class Ranks(Wrapper):
         if self.mask is not None:
             h = h * along(self.mask, h, 1 if op.dims else -1)
         return Op(op.dims, groups=op.groups)(h, unit_axes(up, op.dims))
-
-
-def differs() -> AdapterLabError:
-    """What is wrong with a delta of an algorithm that differs between items."""
-    return AdapterLabError(
-        "Dropout of activations has no weight to rebuild",
-        fix="Set 'forward' to auto or bypass",
-    )

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..atomic import telling
+from ..checks import require_choice, require_range
 from ..errors import AdapterLabError
 from .random import generator, permutation
 
@@ -58,19 +59,12 @@ class CaptionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rates = (self.tag_dropout, self.dropout)
-        if not all(0 <= rate <= 1 for rate in rates) or min(self.shuffles, self.keep_tokens) < 0:
-            raise AdapterLabError(
-                "The caption options are out of range",
-                found=f"dropouts {rates}, {self.shuffles} shuffles, {self.keep_tokens} kept tags",
-                expected="shares between 0 and 1, counts of at least 0",
-            )
-        if self.missing not in MISSING or self.lines not in LINES:
-            raise AdapterLabError(
-                "An unknown way to read captions",
-                found=f"'{self.missing}', '{self.lines}'",
-                expected=f"one of {', '.join(MISSING)}; one of {', '.join(LINES)}",
-            )
+        for name in ("tag_dropout", "dropout"):
+            require_range(name, getattr(self, name), 0, 1)
+        for name in ("shuffles", "keep_tokens"):
+            require_range(name, getattr(self, name), 0)
+        require_choice("missing", self.missing, MISSING)
+        require_choice("lines", self.lines, LINES)
         if (self.shuffles and not self.separator) or (self.tag_dropout and not self.shuffles):
             raise AdapterLabError(
                 "Tags cannot be told apart or varied",

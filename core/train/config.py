@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import require_choice, require_range
 from ..errors import AdapterLabError
 from .optimizers import FIELDS, OPTIMIZERS, Row
 from .patterns import pattern
@@ -173,20 +174,6 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 _WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
-def require_choice(name: str, value: str, known: Collection[str]) -> None:
-    """Refuse a value of the field ``name`` that is not ``known``."""
-    if value not in known:
-        raise AdapterLabError(f"Unknown {name} '{value}'", expected=f"one of {', '.join(known)}")
-
-
-def require_range(name: str, value: float, least: float, most: float) -> None:
-    """Refuse a value of the field ``name`` outside of both bounds, which are allowed."""
-    if not least <= value <= most:  # NaN is in no range
-        raise AdapterLabError(
-            f"'{name}' is out of range", found=str(value), expected=f"{least:g} to {most:g}"
-        )
-
-
 def _assignments(name: str, text: str, example: str) -> list[tuple[str, str]]:
     """Both sides of each line ``left = right``; the last sign counts, patterns may have some."""
     found: list[tuple[str, str]] = []
@@ -223,12 +210,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch_size": 1, "accumulation": 1, "save_every": 0, "keep_last": 0}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise AdapterLabError(
-                    f"'{name}' is too small",
-                    found=str(getattr(self, name)),
-                    expected=f"{bound} or more",
-                )
+            require_range(name, getattr(self, name), bound)
         require_range("seed", self.seed, 0, 2**64 - 1)
 
     def saves_at(self, step: int) -> bool:

@@ -70,8 +70,9 @@ def train(
     progress: Progress,
     on_step: Callable[[Step], None],
     trackers: Tracker | None = None,
+    until: int | None = None,
 ) -> None:
-    """Run optimiser steps ``progress.step`` .. ``config.steps``, in place.
+    """Run optimiser steps ``progress.step`` .. ``until`` or ``config.steps``, in place.
 
     An exception before an update (cancel, no memory, data that can't be used) leaves factors,
     moments and ``progress`` as they were after the last completed step.
@@ -82,7 +83,7 @@ def train(
     """
     progress.scale = progress.scale or (HALF_SCALE if process.half else 1.0)
     run = _Run(process, adapters, dataset, config, objective, optimizer, progress, trackers)
-    while progress.step < config.steps:
+    while progress.step < (config.steps if until is None else until):
         step = run.step()
         if step is not None:
             on_step(step)

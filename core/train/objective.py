@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import require_choice, require_range
 from ..errors import AdapterLabError
 from . import weighting
-from .config import require_choice, require_range
 from .data import TrainItem
 from .losses import LOSSES, SCHEDULES, element_losses
 from .process import Noise, Process

@@ -14,7 +14,7 @@ from ..errors import AdapterLabError
 from ..header import DTYPES, Header, TensorInfo
 from ..streams import read_header, stream
 
-REFERENCE = "$tensor"
+REFERENCE, TUPLE = "$tensor", "$tuple"
 _SMALL = 1 << 16  # bytes of a file that is read: mappings are counted, and end on whole pages
 _LIMIT = Path("/proc/sys/vm/max_map_count")  # mappings that Linux allows a process, mostly 65,530
 _SHARE = 3  # of them, a dataset takes one part: without any left, no memory can be had either
@@ -25,9 +25,11 @@ class Packing:
 
     Args:
         stored: names of tensors, by id, that lie in other files already.
+        exact: tuples stay tuples, and tensors lie in memory as they did.
     """
 
-    def __init__(self, stored: Mapping[int, str] | None = None) -> None:
+    def __init__(self, stored: Mapping[int, str] | None = None, *, exact: bool = False) -> None:
+        self.exact = exact
         self.tensors: dict[str, Tensor] = {}
         self._names = dict(stored or {})
         self._elsewhere = set(self._names)
@@ -46,19 +48,25 @@ class Packing:
     def encode(self, value: Any, name: str) -> Any:
         """``value`` as JSON; raises on what is neither tensor, number, text nor made of them."""
         if isinstance(value, Tensor):
-            return {REFERENCE: self.name(value, name)}
+            # A matrix product may round otherwise when its factors lie otherwise in memory.
+            strided = self.exact and not value.is_contiguous()
+            return {REFERENCE: self.name(value, name)} | (
+                {"stride": value.stride()} if strided else {}
+            )
         if isinstance(value, dict):
             pairs = cast(dict[str, Any], value).items()
             return {k: self.encode(v, f"{name}.{k}") for k, v in pairs}
         if isinstance(value, (list, tuple)):
-            return [self.encode(v, f"{name}.{i}") for i, v in enumerate(cast(list[Any], value))]
+            entries = enumerate(cast(list[Any], value))
+            packed = [self.encode(v, f"{name}.{i}") for i, v in entries]
+            return {TUPLE: packed} if self.exact and isinstance(value, tuple) else packed
         if value is None or isinstance(value, (str, int, float, bool)):
             return value
         raise AdapterLabError(
-            f"The conditioning entry '{name}' cannot be stored",
+            f"'{name}' cannot be stored",
             found=type(value).__name__,
             expected="tensors, numbers and text",
-            fix="Train on conditioning without ControlNet, hooks or masks",
+            fix="" if self.exact else "Train on conditioning without ControlNet, hooks or masks",
         )
 
 
@@ -66,8 +74,13 @@ def decode(value: Any, tensor: Callable[[str | None], Tensor | None]) -> Any:
     """The inverse of :meth:`Packing.encode`; ``tensor`` gives what a name stands for."""
     if isinstance(value, dict):
         table = cast(dict[str, Any], value)
-        if set(table) == {REFERENCE}:
-            return tensor(table[REFERENCE])
+        if REFERENCE in table:
+            found = tensor(table[REFERENCE])
+            if found is None or "stride" not in table:
+                return found
+            return torch.empty_strided(found.shape, table["stride"], dtype=found.dtype).copy_(found)
+        if TUPLE in table:
+            return tuple(decode(table[TUPLE], tensor))
         return {k: decode(v, tensor) for k, v in table.items()}
     if isinstance(value, list):
         return [decode(v, tensor) for v in cast(list[Any], value)]

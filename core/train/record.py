@@ -113,12 +113,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, keys joined by a dot."""
+def flat(table: Mapping[str, Any], prefix: str = "", join: str = ".") -> dict[str, Any]:
+    """Nested tables as one, keys joined."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            found |= flat(cast(dict[str, Any], value), f"{prefix}{key}.")
+            found |= flat(cast(dict[str, Any], value), f"{prefix}{key}{join}", join)
         else:
             found[f"{prefix}{key}"] = value
     return found

@@ -21,10 +21,11 @@ from ..errors import AdapterLabError
 from ..files import Adapter, read_adapter, write_adapter
 from .ema import Tracker
 from .optim import Optimizer
+from .packing import Packing, decode
 from .progress import Progress
+from .record import flat
 
 _METADATA = {"identity", "circumstances", "settings", "optimizer", "progress"}
-_TENSOR, _TUPLE = "$tensor", "$tuple"
 _LOSSES = "progress|losses"  # float64
 
 
@@ -49,7 +50,9 @@ def save(
             optimizer are among them by themselves.
     """
     state = Adapter({f"factor|{key}": t.detach() for key, t in _factors(adapters).items()})
-    packed = _packed(optimizer.state_dict(), "optimizer", state, {})
+    packing = Packing(exact=True)
+    packed = packing.encode(optimizer.state_dict(), "optimizer")
+    state.update({name: t.detach() for name, t in packing.tensors.items()})
     for width, averages in trackers.states.items() if trackers else ():
         state.update({f"ema|{width}|{i}": average for i, average in enumerate(averages)})
     rest = dict(vars(progress))
@@ -93,7 +96,7 @@ def load(
         _require_fit(path, f"factor|{key}", stored, factor)
     try:
         # Before the factors: it refuses the state of another optimizer.
-        optimizer.load_state_dict(_unpacked(parts["optimizer"], stored))
+        optimizer.load_state_dict(decode(parts["optimizer"], lambda key: stored[key or ""]))
         # In older states they are among the JSON.
         losses = {"losses": cast(Any, stored[_LOSSES]).tolist()} if _LOSSES in stored else {}
         progress = Progress.restored(parts["progress"] | losses)
@@ -133,44 +136,6 @@ def _restore(trackers: Tracker, stored: Adapter, optimizer: Optimizer) -> None:
             average.copy_(stored.get(f"ema|{width}|{i}", factor.detach()))
 
 
-def _packed(value: Any, name: str, tensors: dict[str, Tensor], known: dict[int, str]) -> Any:
-    """``value`` as JSON, its tensors under ``name`` and what follows in ``tensors``, each once."""
-    if isinstance(value, Tensor):
-        key = known.setdefault(id(value), name)
-        tensors.setdefault(key, value.detach())
-        # A matrix product may round otherwise when its factors lie otherwise in memory.
-        return {_TENSOR: key} | ({} if value.is_contiguous() else {"stride": value.stride()})
-    if isinstance(value, dict):
-        items = cast("dict[str, Any]", value).items()
-        return {k: _packed(v, f"{name}|{k}", tensors, known) for k, v in items}
-    if isinstance(value, (list, tuple)):
-        entries = enumerate(cast("list[Any]", value))
-        packed = [_packed(v, f"{name}|{i}", tensors, known) for i, v in entries]
-        return {_TUPLE: packed} if isinstance(value, tuple) else packed
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    raise AdapterLabError(
-        "The state of this optimizer cannot be saved", found=f"{name} of type {type(value)}"
-    )
-
-
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What :func:`_packed` was given."""
-    if isinstance(value, list):
-        return [_unpacked(v, tensors) for v in cast("list[Any]", value)]
-    if not isinstance(value, dict):
-        return value
-    table = cast("dict[str, Any]", value)
-    if _TENSOR in table:
-        tensor = tensors[table[_TENSOR]]
-        if "stride" not in table:
-            return tensor
-        return torch.empty_strided(tensor.shape, table["stride"], dtype=tensor.dtype).copy_(tensor)
-    if _TUPLE in table:
-        return tuple(_unpacked(table[_TUPLE], tensors))
-    return {k: _unpacked(v, tensors) for k, v in table.items()}
-
-
 def _factors(adapters: Mapping[str, Algorithm]) -> dict[str, Tensor]:
     """Every tensor of the adapters, those included that training leaves alone."""
     return {f"{n}|{s}": t for n in sorted(adapters) for s, t in adapters[n].tensors.items()}
@@ -187,7 +152,7 @@ def _require_fit(path: Path, key: str, stored: Mapping[str, Tensor], factor: Ten
 
 
 def _require_same(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    before, now = _flat(stored), _flat(wanted)
+    before, now = flat(stored, join=" "), flat(wanted, join=" ")
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
@@ -203,14 +168,3 @@ def _other(path: Path, found: str, expected: str) -> OtherRun:
         expected=expected,
         fix="Choose another run name, or set 'on_existing' to restart",
     )
-
-
-def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of nesting resolved: a difference is then that of one module."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= {f"{key} {k}": v for k, v in cast(dict[str, Any], value).items()}
-        else:
-            flat[key] = value
-    return flat

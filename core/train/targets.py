@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..archs import ArchSpec, wildcard
+from ..checks import require_choice
 from ..errors import AdapterLabError
 from ..keys import blocks as weights
 from .patterns import pattern
@@ -92,12 +93,8 @@ class Targets:
     train: str = "model"
 
     def __post_init__(self) -> None:
-        for what, known in (("preset", PRESETS), ("train", TRAIN)):
-            if getattr(self, what) not in known:
-                raise AdapterLabError(
-                    f"Unknown {what} '{getattr(self, what)}'",
-                    expected=f"one of {', '.join(known)}",
-                )
+        require_choice("preset", self.preset, PRESETS)
+        require_choice("train", self.train, TRAIN)
         for text in (*self.exclude, *self.include):
             pattern(text)
         _block_choices(self.blocks)

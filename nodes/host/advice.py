@@ -12,7 +12,6 @@ from ...core.errors import AdapterLabError
 from .job import Job
 
 _MOST = 3
-_CPU = "can't allocate memory"  # torch's allocator for the CPU raises a plain RuntimeError
 
 
 def _on_gpu(job: Job) -> bool:
@@ -49,12 +48,6 @@ _HELP: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (lambda job: True, "Load the model in fp8, with Load Diffusion Model's weight_dtype"),
     (lambda job: True, "Train fewer modules with Training Targets"),
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine ran out of memory."""
-    plain = isinstance(error, RuntimeError) and _CPU in str(error)
-    return plain or isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
 
 
 def out_of_memory(job: Job, step: int, error: BaseException) -> AdapterLabError:

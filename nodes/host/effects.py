@@ -41,7 +41,7 @@ _IDLE: tuple[tuple[Callable[[Job, bool], bool], str], ...] = (
     ),
     (
         lambda job, text: job.streaming == "on" and _on_cpu(job),
-        "'streaming' has no effect on a CPU",
+        "'streaming' saves no memory on a CPU",
     ),
     (
         lambda job, text: job.config.keep_last > 0 and job.config.save_every == 0,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ...core.adapters import AdapterConfig, Algorithm
+from ...core.checks import require_choice, require_range
 from ...core.errors import AdapterLabError
 from ...core.files import Adapter
 from ...core.train.checkpoints import TrainRun
@@ -61,15 +62,8 @@ class Job:
     trackers: str = "none"
 
     def __post_init__(self) -> None:
-        if self.on_existing not in ON_EXISTING:
-            raise AdapterLabError(
-                f"There is no '{self.on_existing}' for an existing run",
-                expected=", ".join(ON_EXISTING),
-            )
-        if self.chunk < 0:
-            raise AdapterLabError(
-                "'chunk' is too small", found=str(self.chunk), expected="0 or more"
-            )
+        require_choice("on_existing", self.on_existing, ON_EXISTING)
+        require_range("chunk", self.chunk, 0)
         if self.chunk and self.on_existing != "resume":
             does = {"restart": "begin anew with each chunk", "error": "refuse the second chunk"}
             raise AdapterLabError(

@@ -63,6 +63,7 @@ def keeps_too_much(model: Any, blocks: int, latent: Sequence[int]) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that a device or the CPU has no memory left."""
+    # The allocator for the CPU raises a plain RuntimeError, whose further words are the system's.
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return on_cpu or isinstance(error, MemoryError) or management.is_oom(error)
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...core.atomic import replacing, write_all
+from ...core.checks import require_choice, require_range
 from ...core.errors import AdapterLabError
 from ...core.files import Adapter
 from ...core.train.checkpoints import TrainRun
@@ -61,16 +62,9 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "height", "steps", "every", "frames"):
-            if getattr(self, name) < 1:
-                raise AdapterLabError(
-                    f"'{name}' of the preview is too small", found=str(getattr(self, name)),
-                    expected="1 or more",
-                )  # fmt: skip
-        for name, known in (("sampler", SAMPLERS), ("scheduler", SCHEDULERS)):
-            if getattr(self, name) not in known:
-                raise AdapterLabError(
-                    f"There is no {name} '{getattr(self, name)}'", expected=", ".join(known)
-                )
+            require_range(name, getattr(self, name), 1)
+        require_choice("sampler", self.sampler, SAMPLERS)
+        require_choice("scheduler", self.scheduler, SCHEDULERS)
 
 
 SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS

@@ -17,18 +17,15 @@ from ...core.train.optim import Optimizer
 from ...core.train.snapshot import OtherRun
 from . import effects, paths, resume, start
 from . import model as host
-from .advice import is_out_of_memory, out_of_memory
+from .advice import out_of_memory
 from .job import Job, Result, require_unchanged, text, told
 from .keep import Keeper
+from .memory import is_out_of_memory
 from .preview import Previews
 from .process import HostProcess
 from .record import Record
 from .session import Session
 from .text import TextEncoder, is_trained, require_captions, static
-
-
-class _Enough(Exception):
-    """The chunk is done."""
 
 
 class Trainer:
@@ -79,6 +76,8 @@ class Trainer:
                 modules = self.keeper.identity["module"]
                 raise resume.explained(job, error, self.changed, modules) from error
         self.progress, self.start = self.keeper.progress, self.keeper.progress.step
+        chunk = self.start + job.chunk if job.chunk else job.config.steps
+        self.last = min(chunk, job.config.steps)
         self.record.resume(self.progress)
         self.record.notes += [*job.optimizer.notes(), *effects.idle(job, made)]
         if self.start >= job.config.steps:
@@ -100,9 +99,8 @@ class Trainer:
                 train(
                     process, keeper.adapters, self.job.dataset, self.job.config, self.objective,
                     keeper.optimizer, self.progress, self._on_step, keeper.averages,
+                    self.last,
                 )  # fmt: skip
-        except _Enough:
-            pass
         except BaseException as error:  # ComfyUI cancels with one
             explained = self._left(error)
             if explained is error:
@@ -150,23 +148,20 @@ class Trainer:
             self._preview()
 
     def _on_step(self, step: Step) -> None:
-        job, done = self.job, self.progress.step - self.start
+        job, last = self.job, step.step >= self.last
         if step.idle:
             shown = ", ".join(step.idle[:3]) + (" ..." if len(step.idle) > 3 else "")
             self.record.notes.append(
                 f"the first step taught {len(step.idle)} modules nothing: {shown}"
             )
         saves = job.config.saves_at(step.step)
-        enough = 0 < job.chunk <= done and step.step < job.config.steps
         self.record.wrote(step)
         if saves:
             self._validate()
-        if saves or enough:
+        if saves or last:
             self.keeper.save()
         self._preview()
-        self.record.show(step, last=enough or step.step >= job.config.steps)
-        if enough:
-            raise _Enough
+        self.record.show(step, last=last)
 
     def _validate(self) -> None:
         if self.job.validation is not None:

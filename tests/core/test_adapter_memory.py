@@ -6,8 +6,9 @@ import weakref
 
 import pytest
 import torch
-from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, Algorithm, load
+from adapter_lab.core.adapters import ALGORITHMS, AdapterConfig, load
 from adapter_lab.core.tensors import Op
+from saved import kept
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,23 +18,6 @@ TRAINED = ["lora", "loha", "lokr"]
 
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def saved_for_backward(adapter: Algorithm, run) -> int:
-    """Bytes that autograd keeps, not counting the factors themselves."""
-    kept: dict[int, int] = {}
-    own = {t.untyped_storage().data_ptr() for t in adapter.tensors.values()}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = run()
-    assert result.requires_grad
-    return sum(kept.values())
 
 
 class Largest(TorchDispatchMode):
@@ -83,8 +67,9 @@ def test_no_dense_delta_is_kept_for_backward(algorithm: str) -> None:
     for t in adapter.tensors.values():
         t.requires_grad_()
     dense = weight.nbytes
-    assert saved_for_backward(adapter, lambda: adapter.delta(weight)) < dense / 8
-    assert saved_for_backward(adapter, lambda: adapter.bypass(x, Op(), weight)) < dense / 8
+    own = adapter.tensors.values()
+    assert kept(lambda: adapter.delta(weight), own) < dense / 8
+    assert kept(lambda: adapter.bypass(x, Op(), weight), own) < dense / 8
 
 
 class Dense(TorchDispatchMode):

@@ -15,6 +15,7 @@ from adapter_lab.core.adapters import AdapterConfig
 from adapter_lab.core.adapters.training import make, with_leaves
 from adapter_lab.core.tensors import Op
 from adapter_lab.core.train.layer import adapted
+from saved import kept
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -56,23 +57,6 @@ class Frozen:
 
     def weight(self) -> Tensor:
         return self.matrix if self.plain else self.matrix.clone()
-
-
-def kept(run, own: list[Tensor]) -> int:
-    known = {t.untyped_storage().data_ptr() for t in own}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = run()
-    y.sum().backward()
-    assert all(t.grad is not None for t in own if t.requires_grad)
-    return sum(found.values())
 
 
 def stack(config: AdapterConfig, plain: bool, mode: str = "auto", dtype=torch.float32):

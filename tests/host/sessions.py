@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import made as random
 import pytest
 import samples
 import torch
@@ -13,6 +14,7 @@ from adapter_lab.nodes.host.process import HostProcess
 from adapter_lab.nodes.host.session import Session, SessionOptions
 
 PREFIX = "diffusion_model."
+QKV = "double_blocks.0.img_attn.qkv"  # of Flux
 OFF = SessionOptions(checkpointing="off")
 BLOCKS = SessionOptions(checkpointing="blocks")
 
@@ -31,6 +33,14 @@ def adapters(model, names=None, algorithm="lora", parameter="weight"):
             noise = torch.randn(tensor.shape, generator=rng) * 0.1
             made[path].tensors[suffix] = (tensor + noise).requires_grad_()
     return made
+
+
+def merged(model):
+    """A clone of a Flux with an adapter of another node merged."""
+    size = tuple(host.layers(model)[QKV].weight.shape)
+    with torch.inference_mode():
+        tensors = {name: t.clone() for name, t in random.factors("lora", size).items()}
+        return samples.apply(model, random.adapter({QKV: tensors}), mode="merge")
 
 
 def factors(made):

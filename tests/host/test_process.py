@@ -163,11 +163,16 @@ def test_prediction_is_that_of_the_sampler(load, kind):
     items = samples.items(kind, 2, seed=5)
     if kind == "hunyuan_video":
         items = [with_extra(item, guidance=3.0) for item in items]
+    check_denoised(model, items)
+
+
+def check_denoised(model, items):
+    """A batch of two is predicted as the sampler does each of them alone."""
     with torch.inference_mode(), Session(model, {}) as session:
         process = HostProcess(session)
-        x0 = process.latents(items)
+        process.check(items)
         t = torch.tensor([0.3, 0.8])
-        sigma = process.noise.sigma(t)
+        x0, sigma = process.latents(items), process.noise.sigma(t)
         x = process.corrupt(x0, x0.flip(0).roll(1, -1), sigma)
         with torch.no_grad():
             said = process.predict(x, sigma, items, t)
@@ -322,18 +327,7 @@ INPAINT = dict(tiny.SD15, in_channels=9)
 def test_models_with_more_inputs_are_given_what_the_host_gives(load, monkeypatch, base, options):
     monkeypatch.setitem(tiny.BUILDERS, f"wider {base}", (tiny.BUILDERS[base][0], options))
     model = load(f"wider {base}")
-    items = samples.items(base, 2)
-    with torch.inference_mode(), Session(model, {}) as session:
-        process = HostProcess(session)
-        process.check(items)
-        t = torch.tensor([0.3, 0.6])
-        x, sigma = process.latents(items), process.noise.sigma(t)
-        with torch.no_grad():
-            said = process.predict(x, sigma, items, t)
-        found = process.sampling.calculate_denoised(sigma, said, x)
-    for i, item in enumerate(items):
-        one = slice(i, i + 1)
-        samples.close(found[one], denoised(model, item, x[one], sigma[one]))
+    check_denoised(model, samples.items(base, 2))
 
 
 def test_missing_parts_of_a_conditioning_are_said(load):

@@ -5,20 +5,19 @@ from __future__ import annotations
 import sys
 
 import comfy.model_management
-import made
 import pytest
 import samples
 import sessions
 import torch
 from adapter_lab.nodes.host import session as host
 from adapter_lab.nodes.host.process import HostProcess
-from adapter_lab.nodes.host.session import Session, SessionOptions, layers
+from adapter_lab.nodes.host.session import Session, SessionOptions
 
 EVERYTHING = SessionOptions(
     checkpointing="blocks", offload=True, compile=True, backend="eager", compute="bf16"
 )
 STREAMED = SessionOptions(checkpointing="blocks", streaming="on")
-QKV = "double_blocks.0.img_attn.qkv"
+QKV = sessions.QKV
 NORM = "double_blocks.0.img_attn.norm.query_norm"
 
 
@@ -118,18 +117,10 @@ def test_cancelled_inside_any_operation(load, where):
         assert torch.equal(samples.prediction(model, "flux"), output)
 
 
-def adapted(model, path=QKV):
-    """A clone with an adapter of another node merged."""
-    size = tuple(layers(model)[path].weight.shape)
-    with torch.inference_mode():
-        file = made.adapter({path: {n: t.clone() for n, t in made.factors("lora", size).items()}})
-        return samples.apply(model, file, mode="merge")
-
-
 def test_another_prompt_merges_into_the_shared_model(load):
     """In a pause and between two sessions; the training goes on with its own weights."""
     model = load("flux")
-    adapters, other = sessions.adapters(model), adapted(model)
+    adapters, other = sessions.adapters(model), sessions.merged(model)
     expected = sessions.gradients(model, "flux", adapters)
     with torch.inference_mode():
         alone = samples.run(other, "flux")
@@ -145,7 +136,7 @@ def test_another_prompt_merges_into_the_shared_model(load):
 
 def test_sessions_of_two_nodes_in_turn(load):
     model = load("flux")
-    first, second = sessions.adapters(model), sessions.adapters(adapted(model), [QKV])
+    first, second = sessions.adapters(model), sessions.adapters(sessions.merged(model), [QKV])
     expected = sessions.gradients(model, "flux", first), sessions.gradients(model, "flux", second)
     one, two = Session(model, first, sessions.OFF), Session(model.clone(), second, STREAMED)
     with torch.inference_mode():

@@ -6,9 +6,7 @@ import gc
 import weakref
 
 import comfy.model_management
-import made
 import pytest
-import samples
 import sessions
 import torch
 from adapter_lab.core.errors import AdapterLabError
@@ -19,7 +17,6 @@ from adapter_lab.nodes.host.session import Session, SessionOptions, blocks, laye
 
 STREAMED = SessionOptions(checkpointing="off", streaming="on")
 STREAMED_BLOCKS = SessionOptions(checkpointing="blocks", streaming="on")
-QKV = "double_blocks.0.img_attn.qkv"
 
 
 @pytest.mark.parametrize("options", [STREAMED, STREAMED_BLOCKS], ids=["kept", "checkpointed"])
@@ -35,17 +32,10 @@ def test_streaming_changes_no_gradient(load, kind, options):
     assert again[0] == expected[0]
 
 
-def merged(model):
-    """A clone with an adapter of another node merged, which streamed layers patch at each use."""
-    size = tuple(layers(model)[QKV].weight.shape)
-    with torch.inference_mode():
-        file = made.adapter({QKV: {n: t.clone() for n, t in made.factors("lora", size).items()}})
-        return samples.apply(model, file, mode="merge")
-
-
 def test_streamed_layers_are_patched(load):
+    """With an adapter of another node, at each use."""
     base = load("flux")
-    model, adapters = merged(base), sessions.adapters(base)
+    model, adapters = sessions.merged(base), sessions.adapters(base)
     expected = sessions.gradients(model, "flux", adapters)
     found = sessions.gradients(model, "flux", adapters, STREAMED)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)

@@ -164,7 +164,7 @@ IDLE = [
     ({"optimizer": OptimizerConfig(text_encoder_rate=1e-4)}, "'text_encoder_rate' has no effect"),
     ({"clip": object()}, "'clip' is not trained"),
     ({"offload_activations": True}, "'offload_activations' has no effect on a CPU"),
-    ({"streaming": "on"}, "'streaming' has no effect"),
+    ({"streaming": "on"}, "'streaming' saves no memory"),
     ({"config": {"save_every": 0, "keep_last": 2}}, "'keep_last' has no effect"),
 ]
 
