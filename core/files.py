@@ -18,8 +18,8 @@ from .header import DTYPES, Header, TensorInfo, layout
 from .streams import PathLike, Reader, raw, read_header, stream, write_stream
 
 __all__ = [
-    "Adapter", "Header", "Reader", "TensorInfo", "config_beside", "is_finite", "layout",
-    "read_adapter", "read_header", "stream", "write_adapter", "write_stream",
+    "Adapter", "Header", "Reader", "TensorInfo", "config_beside", "config_for", "is_finite",
+    "layout", "read_adapter", "read_header", "stream", "write_adapter", "write_stream",
 ]  # fmt: skip
 
 # itemsize and bit pattern of infinity: every pattern at or above it, sign apart, is inf or NaN.
@@ -61,8 +61,12 @@ class Adapter(dict[str, Tensor]):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Adapter:
-        """``tensors`` itself if it is an adapter; a plain dict (of a native node) as one."""
-        return tensors if isinstance(tensors, Adapter) else cls(tensors)
+        """``tensors`` itself if it is an adapter; a plain dict (of a native node) as one, or all
+        of an open file."""
+        if isinstance(tensors, Adapter):
+            return tensors
+        told = [getattr(tensors, name, None) for name in ("metadata", "config", "name")]
+        return cls(tensors, told[0], told[1], told[2] or "")
 
     def cast(self, dtype: torch.dtype | None) -> Adapter:
         """Copy with its floating point tensors in ``dtype``; None: as they are.
@@ -97,10 +101,18 @@ def read_adapter(path: PathLike, config: PathLike | Mapping[str, Any] | None = N
     path = os.fspath(path)
     with Reader(path) as reader:
         tensors = _read_all(reader)
+    found = config_for(path, config)
+    return Adapter(tensors, reader.header.metadata, found, os.path.basename(path))
+
+
+def config_for(
+    path: str, config: PathLike | Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The config that goes with the adapter file ``path``: see :func:`read_adapter`."""
     source = config_beside(path) if config is None else config
-    if source is not None:
-        source = dict(source) if isinstance(source, Mapping) else _read_config(source)
-    return Adapter(tensors, reader.header.metadata, source, os.path.basename(path))
+    if source is None:
+        return None
+    return dict(source) if isinstance(source, Mapping) else _read_config(source)
 
 
 def is_finite(tensor: Tensor) -> bool:

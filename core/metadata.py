@@ -19,7 +19,9 @@ _IMPLEMENTATIONS = {
     "flux-1-schnell": "https://github.com/black-forest-labs/flux",
     "wan2.1": "https://github.com/Wan-Video/Wan2.1",
 }
-SOFTWARE = "Adapter Lab"  # under ai-toolkit's key for what trained a file
+SOFTWARE = "Adapter Lab"
+# Under ai-toolkit's key for what trained a file.
+SIGNATURE = {"software": json.dumps({"name": SOFTWARE})}
 _COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
 
 
@@ -76,8 +78,7 @@ def training_metadata(info: TrainingInfo) -> dict[str, str]:
 
     What is not known (empty) is left out. The hashes are added by the writer of the file.
     """
-    entries = {**_network(info), **_run(info), **_modelspec(info), **info.extra}
-    entries["software"] = json.dumps({"name": SOFTWARE})
+    entries = {**_network(info), **_run(info), **_modelspec(info), **info.extra, **SIGNATURE}
     return {key: str(value) for key, value in entries.items() if value not in ("", None)}
 
 

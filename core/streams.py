@@ -23,16 +23,20 @@ from .hashes import PLACEHOLDERS, Hasher
 from .header import DTYPES, NAMES, Header, TensorInfo, encode, layout, parse
 
 PathLike = str | os.PathLike[str]
+_HASHES = (*PLACEHOLDERS, "modelspec.hash_sha256")
 
 
 class Reader:
     """An open safetensors file: its ``header``, and its tensors by name, one read each.
 
+    Args:
+        header: of the file, if it was read before and the file has not changed since.
+
     Raises:
         AdapterLabError: missing, unreadable or malformed file, in one sentence with its path.
     """
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, header: Header | None = None) -> None:
         self.path = os.fspath(path)
         with telling(f"Cannot read '{self.path}'"), ExitStack() as stack:
             mode = os.stat(self.path).st_mode  # before opening: that would wait on a pipe
@@ -40,7 +44,9 @@ class Reader:
                 kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
                 raise AdapterLabError(f"it is {kind}")
             self._file = stack.enter_context(open(self.path, "rb"))
-            self.header = parse(self._file, os.fstat(self._file.fileno()).st_size)
+            size = os.fstat(self._file.fileno()).st_size
+            known = header if header is not None and header.size == size else None
+            self.header = known or parse(self._file, size)
             self._open = stack.pop_all()
 
     def tensor(self, name: str) -> Tensor:
@@ -106,7 +112,7 @@ def write_stream(
     Args:
         infos: name -> (dtype, as torch's or safetensors' name; shape) of every tensor to come.
         tensors: (name, tensor) on any device, in any order, the fastest that of ``layout(infos)``.
-        metadata: hashes of another file in it (``sshs_*``) are left out.
+        metadata: hashes of another file in it (``sshs_*``, modelspec's) are left out.
         hashes: add ``sshs_model_hash`` and ``sshs_legacy_hash`` (see :mod:`.hashes`).
         overwrite: False refuses to replace a file.
 
@@ -174,4 +180,4 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     for key, value in cast("Mapping[object, object]", metadata).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise AdapterLabError("metadata is not text", found=f"{key!r}: {value!r}"[:120])
-    return {key: value for key, value in metadata.items() if key not in PLACEHOLDERS}
+    return {key: value for key, value in metadata.items() if key not in _HASHES}

@@ -70,7 +70,8 @@ class PeftGLoRA(Algorithm):
     @property
     def bias(self) -> Algorithm | None:
         on = {name: self.tensors[name] for path in "CDE" for name in self._of(path)}
-        changed = any(t.any() for t in on.values())
+        # Of a file whose values are not read yet, what may be.
+        changed = any(t.is_meta or t.any() for t in on.values())
         return BiasPaths(PeftGLoRA(on, self.scale)) if changed else None
 
     def mismatch(self, shape: Shape) -> str | None:

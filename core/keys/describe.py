@@ -11,6 +11,7 @@ from typing import cast
 from ..adapters import ALGORITHMS, Algorithm
 from ..errors import AdapterLabError
 from ..files import Adapter
+from ..lazy import AdapterFile
 from . import reasons
 from .base import FORMATS, guess
 from .places import find_spec
@@ -99,12 +100,15 @@ class Description:
         return {"headline": self.headline, "facts": self.facts, **asdict(self)}
 
 
-def describe(adapter: Adapter) -> Description:
+def describe(adapter: Adapter | AdapterFile) -> Description:
     """Modules, algorithm, ranks and alphas, key format, architecture, size and metadata.
+
+    Of an open file only the small tensors are read.
 
     Raises:
         AdapterLabError: keys without a meaning, an unusable peft config.
     """
+    adapter = adapter.shell() if isinstance(adapter, AdapterFile) else adapter
     everything = read_modules(adapter)
     stems = {name: stem for name, stem in everything.items() if not stem.embedding}
     form, scales = guess([stem.clean for stem in stems.values()]), Scales(adapter)

@@ -69,7 +69,7 @@ def resolve(
         AdapterLabError: a malformed module, a key that is not text, a tensor given twice, an
             unusable peft config, or targets that the file or the model does not have.
     """
-    source = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
+    source = Adapter.of(adapter)
     index = index if isinstance(index, ModelIndex) else ModelIndex(index)
     spec = ARCHITECTURES[architecture] if isinstance(architecture, str) else architecture
     names = Names(index, spec or index.architecture)

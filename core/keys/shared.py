@@ -30,9 +30,12 @@ def complete(
 ) -> None:
     """Put into ``stems`` what :func:`share` gives them, and take out what is no module."""
     modules = {name: stem.tensors for name, stem in stems.items()}
-    for name, tensors in share(modules, config, width).items():
+    shared = share(modules, config, width)
+    keys = {s: stems[name].keys[s] for name, t in shared.items() if not t for s in modules[name]}
+    for name, tensors in shared.items():
         if tensors:
             stems[name].tensors.update(tensors)
+            stems[name].keys.update({s: keys[s] for s in tensors if s in keys})
         else:
             del stems[name]
 
@@ -84,7 +87,13 @@ def _merged(sources: Mapping[str, Tensors]) -> dict[str, Tensor]:
     for tensors in sources.values():
         for suffix in tensors.keys() & {A, B}:
             known = found.setdefault(suffix, tensors[suffix])
-            if known is not tensors[suffix] and not torch.equal(known, tensors[suffix]):
+            if known is not tensors[suffix] and not _same(known, tensors[suffix]):
                 where = ", ".join(f"'{name}'" for name in sources)
                 raise AdapterLabError(f"{suffix} is there twice", found=f"{where}, not the same")
     return found
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    if one.is_meta or two.is_meta:  # of a file whose values are not read yet
+        return one.shape == two.shape
+    return torch.equal(one, two)

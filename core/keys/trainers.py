@@ -21,6 +21,7 @@ _KEYS = (
     ("ss_sd_scripts", "sd-scripts"),
     ("lora_adapter_metadata", "diffusers"),
 )
+GUESS = "sd-scripts or musubi-tuner"  # of networks that files of others name too
 # (what is in a stem, program), where metadata says nothing
 _STEMS = (
     (".processor.qkv_lora", "XLabs"),
@@ -49,7 +50,7 @@ def trainer(metadata: Mapping[str, str], stems: Sequence[str], config: bool = Fa
     if module.startswith("lycoris"):
         return "sd-scripts with LyCORIS"
     if module:
-        return "sd-scripts or musubi-tuner"
+        return GUESS
     for part, program in _STEMS:
         if any(part in stem for stem in stems):
             return program

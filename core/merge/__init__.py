@@ -1,0 +1,1 @@
+"""What people do with adapter files after training: average, merge, extract, resize."""
