@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_linalg: Any = torch.linalg  # has no types
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Elements of a block of rows: three of them stay in a core's cache, or one keeps a GPU busy.
 _CPU_BLOCK, _GPU_BLOCK = 3 << 15, 1 << 24
+_PIECE = 1 << 18  # numbers that are summed at once
 _SHORT = 16  # elements of a row that cost less than coming to it
 
 
@@ -132,6 +134,12 @@ def hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         a: (out, r). b: (r, in). c: (out, s). d: (s, in).
     """
     return _Hadamard.apply(a, b, c, d)
+
+
+def length(values: Tensor) -> float:
+    """||values||, summed in float64, a piece at a time: torch copies all that it sums wider."""
+    pieces = torch.split(values.reshape(-1), _PIECE)
+    return math.hypot(*(float(_linalg.vector_norm(p, dtype=torch.float64)) for p in pieces))
 
 
 def rows_of(weight: Tensor) -> Tensor | None:
