@@ -15,32 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import AdapterLabError
+from ..power import gamma
 
 WIDTHS = (0.05, 0.10)
-
-
-def gamma(sigma_rel: float) -> float:
-    """The exponent whose profile has the relative width ``sigma_rel``.
-
-    The root, at least 0, of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2) with s = sigma_rel.
-
-    Raises:
-        AdapterLabError: there is none: not in (0, 12^-0.5].
-    """
-    if not 0 < sigma_rel <= 12**-0.5:
-        raise AdapterLabError(
-            "There is no average of this width",
-            found=f"sigma_rel {sigma_rel}",
-            expected="more than 0, at most 0.288",
-        )
-    inverse = sigma_rel**-2
-    roots = [complex(r) for r in np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])]
-    return max(0.0, *(root.real for root in roots if abs(root.imag) < 1e-9))
 
 
 class Tracker:

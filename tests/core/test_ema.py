@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from adapter_lab.core.errors import AdapterLabError
-from adapter_lab.core.train.ema import WIDTHS, Tracker, gamma
+from adapter_lab.core.power import gamma
+from adapter_lab.core.train.ema import WIDTHS, Tracker
 from toy import Run
 
 # Exponents as musubi-tuner's own function gives them.
