@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -61,7 +61,7 @@ def merge_into(
     merged: dict[str, Tensor] = {}
     with torch.no_grad():
         for key, group in by_key.items():
-            _refuse_scaled(weights, key)
+            refuse_scaled(weights, key, weights[key])
             settled = [_settled(entry, weights) for entry in group]
             merged[key] = apply(weights[key].to(torch.float32, copy=True), settled, strength)
     return merged, report
@@ -76,12 +76,12 @@ def _settled(entry: Entry, weights: Mapping[str, Tensor]) -> Entry:
     return replace(entry, algorithm=entry.algorithm.settled(weight))
 
 
-def _refuse_scaled(weights: Mapping[str, Tensor], key: str) -> None:
+def refuse_scaled(names: Container[str], key: str, weight: Tensor) -> None:
     """A quantised weight means nothing without the scale beside it, integers without their code."""
     stem, is_weight = key.removesuffix("weight"), key.endswith(".weight")
-    scales = [name for s in _SCALES if (name := stem + s) in weights] if is_weight else []
-    if scales or not weights[key].is_floating_point():
-        dtype = str(weights[key].dtype).removeprefix("torch.")
+    scales = [name for s in _SCALES if (name := stem + s) in names] if is_weight else []
+    if scales or not weight.is_floating_point():
+        dtype = str(weight.dtype).removeprefix("torch.")
         raise AdapterLabError(
             f"'{key}' is quantised",
             found=f"{dtype} with '{scales[0]}'" if scales else dtype,

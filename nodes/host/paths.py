@@ -19,6 +19,7 @@ from ...core.train.checkpoints import TrainRun
 PACK = Path(__file__).resolve().parents[2]
 DEMO = PACK / "workflows" / "demo"
 _DEMO_MODELS = ("diffusion_models", "vae", "loras")
+MODEL_KINDS = ("diffusion_models", "checkpoints")  # of ComfyUI's folders
 # What Windows, Linux and macOS refuse in a file name, and what would leave the folder.
 LONGEST_NAME = 100  # bytes; a file system takes 255, and we add to it
 _DEVICES = r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)"
@@ -75,6 +76,12 @@ def adapters() -> list[str]:
     return folder_paths.get_filename_list("loras")
 
 
+def adapter_folders() -> list[Path]:
+    """Where relative paths of adapter files are looked up: their folders, then that of the runs."""
+    known = map(Path, folder_paths.get_folder_paths("loras"))
+    return list(dict.fromkeys((output("loras"), *known, output("adapter_lab", "runs"))))
+
+
 def adapter_path(name: str) -> str:
     """Full path of a listed adapter file.
 
@@ -89,6 +96,43 @@ def adapter_path(name: str) -> str:
             fix="Refresh the node definitions (R) and choose again",
         )
     return path
+
+
+def model_files() -> list[str]:
+    """Files of models to choose from; a checkpoint that shares its name goes by its folder too."""
+    listed: dict[str, None] = {}
+    for kind in MODEL_KINDS:
+        for name in folder_paths.get_filename_list(kind):
+            listed[f"{kind}/{name}" if name in listed else name] = None
+    return list(listed)
+
+
+def model_path(name: str) -> Path:
+    """Full path of a listed model file.
+
+    Raises:
+        AdapterLabError: it is gone.
+    """
+    return _model(name)[1]
+
+
+def model_kind(name: str) -> str:
+    """Of :data:`MODEL_KINDS` the one that a listed model file is of. Raises the same."""
+    return _model(name)[0]
+
+
+def _model(name: str) -> tuple[str, Path]:
+    kind, _, rest = name.replace("\\", "/").partition("/")
+    spelled = [(kind, rest)] if kind in MODEL_KINDS and rest else []
+    for folder, file in (*((k, name) for k in MODEL_KINDS), *spelled):
+        path = folder_paths.get_full_path(folder, file)
+        if path is not None:
+            return folder, Path(path)
+    raise AdapterLabError(
+        f"There is no model file '{name}'",
+        expected="a file in models/diffusion_models or models/checkpoints",
+        fix="Refresh the node definitions (R) and choose again",
+    )
 
 
 def stamp(path: str | Path) -> tuple[int, int]:
