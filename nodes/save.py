@@ -10,13 +10,16 @@ from comfy_api.latest import io
 
 from ..core.archs import ARCHITECTURES
 from ..core.errors import AdapterLabError
-from ..core.files import Adapter, write_adapter
-from ..core.keys import convert
+from ..core.files import Adapter, read_header
+from ..core.merge.convert import INEXACT, PEFT_FILE, Convert
 from .host import paths
+from .host.progress import ticker
 from .types import CATEGORY, adapter_input, panel
 
 AUTO = "auto"
-KEY_FORMATS = ("comfyui", "kohya", "diffusers", "lycoris", "musubi")
+KEY_FORMATS = (
+    "comfyui", "kohya", "diffusers", "lycoris", "musubi", "peft", "aitoolkit", "onetrainer", "bare",
+)  # fmt: skip
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -50,7 +53,8 @@ def _inputs() -> list[Any]:
             options=list(KEY_FORMATS),
             default="comfyui",
             tooltip="Spelling of the names in the file. comfyui loads in every ComfyUI, kohya in "
-            "A1111, Forge and sd-scripts. diffusers, lycoris and musubi: for those tools.",
+            "A1111, Forge and sd-scripts. The others: for those tools; peft gets a folder with its "
+            "config.",
         ),
         io.Combo.Input(
             "dtype",
@@ -67,6 +71,12 @@ def _inputs() -> list[Any]:
             tooltip='More metadata as JSON, such as {"modelspec.author": "me"}. It is added '
             "to what the adapter has.",
         ),
+        *_conversion(),
+    ]
+
+
+def _conversion() -> list[Any]:
+    return [
         io.Combo.Input(
             "architecture",
             options=[AUTO, *_architectures()],
@@ -74,6 +84,24 @@ def _inputs() -> list[Any]:
             optional=True,
             advanced=True,
             tooltip="The model that the adapter is for. auto: by its metadata, names and sizes.",
+        ),
+        io.Combo.Input(
+            "inexact",
+            options=list(INEXACT),
+            default="svd",
+            optional=True,
+            advanced=True,
+            tooltip="For modules that can't be cut or joined exactly for the format. svd: a LoRA "
+            "that comes near. keep: they keep their names. error: nothing is saved.",
+        ),
+        io.Int.Input(
+            "rank",
+            default=0,
+            min=0,
+            max=4096,
+            optional=True,
+            advanced=True,
+            tooltip="Rank of such a LoRA. 0: as many as keep its error below 1 %.",
         ),
     ]
 
@@ -88,6 +116,7 @@ class SaveAdapter(io.ComfyNode):
             description="Writes an adapter to output/loras, where loaders find it.",
             search_aliases=["save lora", "export lora", "convert lora", "kohya"],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=_inputs(),
             outputs=[io.String.Output(display_name="path", tooltip="Full path of the file.")],
         )
@@ -101,16 +130,20 @@ class SaveAdapter(io.ComfyNode):
         dtype: str,
         metadata: str = "",
         architecture: str = AUTO,
+        inexact: Any = "svd",
+        rank: int = 0,
     ) -> io.NodeOutput:
-        if not adapter:
-            raise AdapterLabError("The adapter is empty", found="no tensors")
-        spec = _architectures().get(architecture)
-        written = convert(Adapter.of(adapter), key_format, spec).cast(DTYPES[dtype])
-        written.metadata.update(_metadata(metadata))
-        path = paths.numbered(filename_prefix, "loras")
-        write_adapter(path, written, overwrite=False)
-        shown = path.relative_to(paths.output()).as_posix()
-        return io.NodeOutput(str(path), ui=panel(f"saved {len(written)} tensors to {shown}"))
+        more, spec = _metadata(metadata), _architectures().get(architecture)
+        tick = ticker(cls.hidden.unique_id if cls.hidden else None)
+        job = Convert(Adapter.of(adapter), key_format, architecture=spec, dtype=DTYPES[dtype],
+                      inexact=inexact, rank=rank, tick=tick)  # fmt: skip
+        job.metadata.update(more)
+        suffix = f"/{PEFT_FILE}" if key_format == "peft" else ".safetensors"
+        path = paths.numbered(filename_prefix, "loras", suffix)
+        job.write(path)
+        shown, count = path.relative_to(paths.output()).as_posix(), len(read_header(path).tensors)
+        job.outcome.verdict = f"saved {count} tensors to {shown}\n{job.outcome.verdict}"
+        return io.NodeOutput(str(path), ui=panel(job.outcome.to_text(), job.outcome.to_dict()))
 
 
 NODES = [SaveAdapter]

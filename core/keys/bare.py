@@ -14,4 +14,5 @@ BARE = KeyFormat(
         "down.weight": "lora_down.weight",
     },
     drops="processor",
+    folds=("lora", "loha", "lokr"),
 )

@@ -60,6 +60,11 @@ class KeyFormat:
         drops: a name inside paths that stands for no module.
         like: id of the format that reads what this one writes; "" where that is itself.
         instead: canonical suffix -> id of the format that such modules are written in.
+        folds: names of the algorithms of which its readers know no ``alpha``, so that the scale
+            goes into the factors.
+        mixed: ids of architectures of which its readers take the other family's names as well.
+        loads: names of the algorithms that its own tool loads; () for all. single: only one of
+            them in a file.
     """
 
     id: str
@@ -73,6 +78,10 @@ class KeyFormat:
     drops: str = ""
     like: str = ""
     instead: Mapping[str, str] = field(default_factory=dict[str, str])
+    folds: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
+    loads: tuple[str, ...] = ()
+    single: bool = False
 
     @property
     def hint(self) -> bool:

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters import ALGORITHMS, load_parts
+from ..adapters import ALGORITHMS, Tensors, load_parts
 from ..archs import ARCHITECTURES, ArchSpec
 from ..errors import AdapterLabError
 from ..files import Adapter
-from ..tensors import wide
-from . import encoders, fuse
+from . import encoders
 from .base import FORMATS, KeyFormat
-from .places import Families, Place, find_specs, locate, modules_by_own
+from .dialect import loaded, worded
+from .places import Place, find_specs, locate
 from .scale import Scales, network_args
+from .settings import Settings, packed
 from .shared import read_modules
 from .stems import Stem
+from .writer import Approximate, Piece, Writer, rows_of
 
+EMBEDDING = "bundle_emb."  # in front of embeddings, which are kept as they are
+_CONFIGURED = ("diffusers", "peft")  # formats whose readers may be told ranks beside the tensors
+_MANY = ("loha", "lokr")  # what a file of LoRA must not hold, and a LoRA can stand for
 _SCALE_METADATA = ("lora_adapter_metadata",)  # its names are those of the old keys
-
-
-@dataclass(frozen=True)
-class _Module:
-    """What is written under one name."""
-
-    stem: str
-    place: Place
-    tensors: Mapping[str, Tensor]
 
 
 def convert(
@@ -47,189 +45,213 @@ def convert(
     Modules of fused weights are cut into the ranges that the format names apart, or joined, where
     that is exact; others, and those whose rows can't be put in another order, keep the name that
     they have in the other family, which readers of both understand. A scale from outside the
-    tensors becomes an ``alpha``.
+    tensors becomes an ``alpha``, and every scale goes into the factors where the readers of the
+    format know no ``alpha``.
 
     Raises:
         AdapterLabError: modules that can't be placed or have no name in the format, malformed
-            ones, or names of several architectures.
+            ones, names of several architectures, or factors that the scale makes too large.
     """
-    source = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
-    form, stems = FORMATS[format_id], read_modules(source)
-    modules = {name: stem for name, stem in stems.items() if not stem.embedding}
-    _refuse((s.name for s in modules.values() if s.unknown), form, "hold tensors unknown to it")
-    if architecture:
-        return _converted(source, modules, form, ARCHITECTURES[architecture])
-    specs = find_specs(modules.values(), source.metadata)
-    written = _converted(source, modules, form, specs[0] if specs else None)
-    rivals = [spec for spec in specs[1:] if _differs(written, source, modules, form, spec)]
-    if rivals:
-        raise AdapterLabError(
-            "The names fit several architectures",
-            found=", ".join(spec.title for spec in (specs[0], *rivals)),
-            fix="Choose one as the architecture",
-        )
+    source = Adapter.of(adapter)
+    conversion = Conversion(source, format_id, architecture)
+    written = Adapter({}, kept_metadata(source.metadata, conversion.form), None, source.name)
+    for group in conversion.groups:
+        for piece in conversion.pieces([conversion.stems[name] for name in group]):
+            written.update(conversion.named(piece))
+    written.update({key: t for key, t in source.items() if key.startswith(EMBEDDING)})
+    written.config, told = conversion.settings()
+    written.metadata |= told
     return written
 
 
-def _converted(
-    source: Adapter, modules: Mapping[str, Stem], form: KeyFormat, spec: ArchSpec | None
-) -> Adapter:
-    """The same modules by the names of one architecture."""
-    places = {name: locate(stem, form, spec) for name, stem in modules.items()}
-    _refuse((s for s, place in places.items() if not place), form, "match no known architecture")
-    metadata = _metadata(source.metadata)
-    written = Adapter({}, metadata, None, source.name)
-    scales = Scales(source)
-    read = [_Module(n, p, _tensors(modules[n], scales)) for n, p in places.items() if p]
-    for module in _Writer(form, spec).modules(read):
-        _write(written, module, form, spec)
-    kept = {key: t for key, t in source.items() if key.startswith("bundle_emb.")}
-    written.update(kept)
-    return written
+class Conversion:
+    """How one file goes over into a format; planned from names and shapes, done group by group.
+
+    Args:
+        source: the file; tensors may be on the meta device but for those of a few numbers.
+        architecture: found out from the file by default.
+        approximate: see :class:`.writer.Writer`.
+
+    Attributes:
+        form: of the result. stems: its modules. spec: the architecture. groups: names of the
+            modules to convert together, each of them once.
+
+    Raises:
+        AdapterLabError: as :func:`convert`.
+    """
+
+    def __init__(
+        self, source: Adapter, format_id: str, architecture: str | None = None,
+        approximate: Approximate | None = None,
+    ) -> None:  # fmt: skip
+        self.form = FORMATS[format_id]
+        stems = read_modules(source).items()
+        self.stems = {name: stem for name, stem in stems if not stem.embedding}
+        strange = (stem.name for stem in self.stems.values() if stem.foreign)
+        _refuse(strange, self.form, "hold tensors of no known algorithm")
+        self.scales = Scales(source)
+        self.spec = ARCHITECTURES[architecture] if architecture else self._found(source)
+        self._places = self._located(self.spec)
+        self._writer = Writer(self.form, self.spec, approximate)
+        self._one = bool(self.form.single and approximate and self._is_mixed())
+        self._keys: set[str] = set()
+        self._settings: dict[str, Settings] = {}
+        self._unread: Counter[str] = Counter()
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, place in self._places.items():
+            groups.setdefault((place.part, place.own_path), []).append(name)
+        self.groups = list(groups.values())
+
+    def pieces(self, stems: Iterable[Stem]) -> Iterator[Piece]:
+        """What becomes of the modules of one group, given with their tensors."""
+        read = [Piece(s.name, self._places[s.name], self._tensors(s)) for s in stems]
+        for piece in self._writer.pieces(read):
+            yield self._lora(piece) if self._one else piece
+
+    def named(self, piece: Piece) -> dict[str, Tensor]:
+        """The tensors of a piece by key; raises where another module has such a key."""
+        tensors = worded(piece.tensors, self.form)
+        used, prefix, path = _name(piece.place, tensors, self.form, self.spec)
+        part = piece.place.part
+        named = {used.write(path, s, part, prefix=prefix): t for s, t in tensors.items()}
+        twice = self._keys & named.keys()
+        if twice:
+            why = f"get the name '{min(twice)}', which another module has"
+            _refuse([piece.stem], self.form, why)
+        self._keys |= named.keys()
+        algorithm = loaded(tensors)
+        if algorithm is not None and algorithm.name not in self.form.loads:
+            self._unread[algorithm.title] += 1
+        if used.id in _CONFIGURED:
+            component = (prefix or "").rstrip(".") if used.id == "diffusers" else ""
+            self._settings.setdefault(component, Settings()).add(path, tensors)
+        return named
+
+    def settings(self) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """peft's config of what was written and metadata that says the same, where there are
+        readers of either."""
+        configs = {name: found.config() for name, found in self._settings.items()}
+        if self.form.id == "diffusers":
+            return None, packed(configs)
+        return configs.get(""), {}
+
+    def warnings(self) -> list[str]:
+        """What the format's own tool will not load, and what had to be assumed of scales."""
+        said = self.scales.warnings
+        if self._one:
+            what = "one algorithm a file, of sizes that it chooses: LoHa and LoKr became LoRA"
+            said.append(f"{self.form.title} loads {what}")
+        if self.form.loads and self._unread:
+            count = sum(self._unread.values())
+            said.append(
+                f"{self.form.title} does not load {' or '.join(sorted(self._unread))}: {count} "
+                "modules are for other readers of this file"
+            )
+        others = [path for found in self._settings.values() for path in found.others]
+        if self.form.id == "peft" and others:
+            said.append(
+                f"{len(others)} modules are not in peft's config, which is for one algorithm and "
+                f"sizes that peft itself would choose: '{others[0]}' for one"
+            )
+        return said
+
+    def _found(self, source: Adapter) -> ArchSpec | None:
+        """The file's architecture; raises where several would give other names."""
+        specs = find_specs(self.stems.values(), source.metadata)
+        if len(specs) < 2:
+            return next(iter(specs), None)
+        names = self._names(specs[0])
+        rivals = [spec for spec in specs[1:] if self._differs(names, spec)]
+        if rivals:
+            raise AdapterLabError(
+                "The names fit several architectures",
+                found=", ".join(spec.title for spec in (specs[0], *rivals)),
+                fix="Choose one as the architecture",
+            )
+        return specs[0]
+
+    def _lora(self, piece: Piece) -> Piece:
+        """A module of another algorithm as a LoRA, in a file that may hold only one."""
+        algorithm, rows = loaded(piece.tensors), rows_of(piece.tensors)
+        if algorithm is None or algorithm.name not in _MANY or not rows:
+            return piece
+        approximate = self._writer.approximate
+        made = None if approximate is None else approximate([(piece.tensors, rows)], None)
+        return replace(piece, tensors=made[0], error=made[1]) if made else piece
+
+    def _is_mixed(self) -> bool:
+        """Whether the readers could not load all of the result, by names and shapes alone."""
+        read = (Piece(n, p, _shell(self.stems[n].tensors)) for n, p in self._places.items())
+        settings, kept, names = Settings(), False, set[str]()
+        for piece in Writer(self.form, self.spec).pieces(read):
+            kept = kept or piece.how == "kept"
+            algorithm = loaded(piece.tensors)
+            names.add(algorithm.name if algorithm else "")
+            settings.add(piece.place.path, piece.tensors)
+        settings.config()
+        return bool(names & {*_MANY}) and bool(kept or settings.others)
+
+    def _differs(self, names: set[str], spec: ArchSpec) -> bool:
+        """Whether the names of ``spec`` are others."""
+        try:
+            return self._names(spec) != names
+        except AdapterLabError:  # it can't be the file's
+            return False
+
+    def _names(self, spec: ArchSpec) -> set[str]:
+        """The keys of all that would be written for ``spec``, up to the suffix."""
+        places = self._located(spec)
+        read = (Piece(n, p, _shell(self.stems[n].tensors)) for n, p in places.items())
+        pieces = list(Writer(self.form, spec).pieces(read))
+        names: set[str] = set()
+        for piece in pieces:
+            used, prefix, path = _name(piece.place, piece.tensors, self.form, spec)
+            names.add(used.write(path, "alpha", piece.place.part, prefix=prefix))
+        if len(names) < len(pieces):
+            _refuse([pieces[0].stem], self.form, "get names that others have")
+        return names
+
+    def _located(self, spec: ArchSpec | None) -> dict[str, Place]:
+        places = {name: locate(stem, self.form, spec) for name, stem in self.stems.items()}
+        lost = (name for name, place in places.items() if place is None)
+        _refuse(lost, self.form, "match no known architecture")
+        return {name: place for name, place in places.items() if place}
+
+    def _tensors(self, stem: Stem) -> Tensors:
+        """Tensors by canonical suffix, which say by themselves what settings outside them do."""
+        path = next((r.body for r in FORMATS["peft"].read(stem.clean)), stem.clean)
+        try:
+            here = load_parts(stem.tensors).get("weight")
+            told = self.scales.load(stem, path).get("weight")
+        except AdapterLabError as error:
+            raise error.about(f"module '{stem.name}'") from error
+        if here is None or told is None:
+            return stem.tensors
+        same = here.scale == told.scale and not self.scales.configured
+        if same and "lora_embedding_A" not in stem.tensors:
+            return stem.tensors
+        biases = [a for a in ALGORITHMS.values() if a.parameter == "bias"]
+        own = {s: t for s, t in stem.tensors.items() if any(a.owns(s) for a in biases)}
+        return {**own, **told.state()}
 
 
-def _differs(
-    written: Adapter, source: Adapter, modules: Mapping[str, Stem], form: KeyFormat,
-    spec: ArchSpec,
-) -> bool:  # fmt: skip
-    """Whether the names of ``spec`` would give other keys than ``written``."""
-    try:
-        return set(_converted(source, modules, form, spec)) != set(written)
-    except AdapterLabError:  # it can't be the file's
-        return False
+def _shell(tensors: Tensors) -> dict[str, Tensor]:
+    """The same shapes without the numbers, but for scalars."""
+    return {name: t if t.numel() == 1 else torch.empty_like(t, device="meta")
+            for name, t in tensors.items()}  # fmt: skip
 
 
-class _Writer:
-    """Modules under the names of one family."""
-
-    def __init__(self, form: KeyFormat, spec: ArchSpec | None) -> None:
-        self.families = Families(spec)
-        self.family = spec.families.get(form.id, form.family) if spec else form.family
-
-    def modules(self, read: list[_Module]) -> Iterator[_Module]:
-        """What to write for ``read``: renamed, put in order, cut and joined."""
-        known = {module.stem: module for module in map(self._turned, read)}
-        for path, family, stems in modules_by_own((m.stem, m.place) for m in known.values()):
-            if family == self.family:
-                continue
-            pieces = [known[stem] for stem in stems]
-            renamed = [self._renamed(piece) for piece in pieces]
-            joined = None if all(renamed) else self._joined(pieces)
-            if joined:
-                for stem in stems:
-                    del known[stem]
-                known[path] = joined
-            known |= {m.stem: m for m in renamed if m and not joined}
-        for module in known.values():
-            yield from ([module] if self.family == "own" else self._cut(module))
-
-    def _renamed(self, module: _Module) -> _Module | None:
-        """The same rows by the family's name of them, if it has one."""
-        place = module.place
-        alias = place.alias and self.families.same(place.alias, self.family)
-        if not alias:
-            return None
-        path = alias.theirs.format(*place.numbers)
-        return replace(module, place=replace(place, path=path, alias=alias))
-
-    def _turned(self, module: _Module) -> _Module:
-        """With the rows in the model's order and, of a whole weight, its own name."""
-        place, alias = module.place, module.place.alias
-        if alias is None:
-            return module
-        tensors: Mapping[str, Tensor] | None = module.tensors
-        if alias.order is not None:
-            rows = _rows(module.tensors)
-            inverse = torch.argsort(alias.order(rows)) if rows else None
-            tensors = None if inverse is None else fuse.take(module.tensors, inverse)
-        if tensors is None:
-            return module
-        plain = replace(alias, order=None)
-        if alias.rows is None:
-            return replace(module, place=replace(place, alias=None, path=place.own_path),
-                           tensors=tensors)  # fmt: skip
-        return replace(module, place=replace(place, alias=alias if alias.order is None else plain),
-                       tensors=tensors)  # fmt: skip
-
-    def _joined(self, pieces: list[_Module]) -> _Module | None:
-        lengths = {m.place.alias: _rows(m.tensors) for m in pieces if m.place.alias}
-        sizes = {alias: rows for alias, rows in lengths.items() if rows}
-        hidden = _columns(pieces[0].tensors)
-        if len(sizes) < len(pieces) or not hidden:
-            return None
-        own = pieces[0].place.own
-        total = self.families.total(own, sizes, hidden)
-        if total is None:
-            return None
-        starts = {
-            alias.span(total, hidden)[0]: m.tensors for m in pieces if (alias := m.place.alias)
-        }
-        if len(starts) < len(pieces):
-            return None  # two names of one range
-        spans = self.families.spans(own, next(iter(sizes)).family, total, hidden)
-        tensors = fuse.join([(starts.get(span.offset), span.length) for span in spans])
-        place = replace(pieces[0].place, alias=None, path=pieces[0].place.own_path)
-        return None if tensors is None else _Module(pieces[0].stem, place, tensors)
-
-    def _cut(self, module: _Module) -> Iterator[_Module]:
-        place = module.place
-        if place.part != "model" or place.alias is not None or not place.own:
-            yield module
-            return
-        whole = self.families.whole(place.own, self.family)
-        rows, columns = _rows(module.tensors), _columns(module.tensors)
-        if whole:
-            order = whole.order(rows) if whole.order and rows else None
-            taken = module.tensors if order is None else fuse.take(module.tensors, order)
-            if taken is not None and (order is not None or whole.order is None):
-                path = whole.theirs.format(*place.numbers)
-                yield replace(module, place=replace(place, path=path), tensors=taken)
-                return
-        spans = self.families.spans(place.own, self.family, rows, columns) if rows else []
-        cut = [(span, fuse.take(module.tensors, span.rows)) for span in spans]
-        pieces = [(span, taken) for span, taken in cut if taken is not None]
-        if not pieces or len(pieces) < len(spans):
-            yield module
-            return
-        for span, taken in pieces:
-            path = span.alias.theirs.format(*place.numbers)
-            yield replace(module, place=replace(place, path=path), tensors=taken)
-
-
-def _write(written: Adapter, module: _Module, form: KeyFormat, spec: ArchSpec | None) -> None:
-    place = module.place
-    tensors = module.tensors if form.spellings else _plain(module.tensors)
+def _name(
+    place: Place, tensors: Tensors, form: KeyFormat, spec: ArchSpec | None
+) -> tuple[KeyFormat, str | None, str]:
+    """(format really used, prefix, path) of a module."""
     used = _form(form, tensors, place)
-    for suffix, tensor in tensors.items():
-        prefix = spec.prefixes.get(used.id, {}).get(place.part) if spec else None
-        path = place.path if place.part == "model" else encoders.spelled(place.path, used.separator)
-        key = used.write(path, suffix, place.part, prefix=prefix)
-        if key in written:
-            why = f"get the name '{key}', which another module has"
-            _refuse([module.stem], form, why)
-        written[key] = tensor
+    path = place.path if place.part == "model" else encoders.spelled(place.path, used.separator)
+    special = spec.prefixes.get(used.id, {}).get(place.part) if spec else None
+    return used, used.prefix(place.part) if special is None else special, path
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``tensors`` without what peft alone has, for readers that know LyCORIS' and kohya's.
-
-    The bias of the up factor becomes a difference, the magnitudes of DoRA a column.
-    """
-    plain, up = dict(tensors), tensors.get("lora_up.weight")
-    if up is None:
-        return tensors
-    if "lora_up.bias" in plain and "diff_b" not in plain:
-        bias, rank = plain.pop("lora_up.bias"), up.shape[1]
-        scale = float(plain["alpha"].item()) / rank if "alpha" in plain else 1.0
-        plain["diff_b"] = (wide(bias, bias) * scale).to(bias.dtype)
-    for name in ("dora_scale", "magnitude"):
-        if name in plain and plain[name].ndim == 1 and len(plain[name]) == len(up):
-            column = plain.pop(name).reshape(-1, *(1,) * (up.ndim - 1))
-            plain["dora_scale"] = column
-    return plain
-
-
-def _form(form: KeyFormat, tensors: Mapping[str, Tensor], place: Place) -> KeyFormat:
+def _form(form: KeyFormat, tensors: Tensors, place: Place) -> KeyFormat:
     """The format that a module is really written in."""
     for suffix, other in form.instead.items():
         if any(name == suffix or name.startswith(suffix + ".") for name in tensors):
@@ -240,43 +262,18 @@ def _form(form: KeyFormat, tensors: Mapping[str, Tensor], place: Place) -> KeyFo
     return form
 
 
-def _metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What stays true of a file whose alphas say by themselves how its modules are scaled."""
+def kept_metadata(metadata: Mapping[str, str], form: KeyFormat) -> dict[str, str]:
+    """What stays true of a file whose tensors say by themselves how its modules are scaled."""
     kept = {name: text for name, text in metadata.items() if name not in _SCALE_METADATA}
     args = network_args(metadata)
-    if "rs_lora" in args:
-        kept["ss_network_args"] = json.dumps({**args, "rs_lora": "False"})
+    changed = {"rs_lora": "False"} if "rs_lora" in args else {}
+    if form.folds:  # readers that ask here divide by the rank what is divided already
+        changed |= {"conv_alpha": args["conv_dim"]} if "conv_dim" in args else {}
+        if "ss_network_dim" in kept:
+            kept["ss_network_alpha"] = kept["ss_network_dim"]
+    if changed:
+        kept["ss_network_args"] = json.dumps({**args, **changed})
     return kept
-
-
-def _tensors(stem: Stem, scales: Scales) -> Mapping[str, Tensor]:
-    """Tensors by canonical suffix, which say by themselves what settings outside them do."""
-    path = next((r.body for r in FORMATS["peft"].read(stem.clean)), stem.clean)
-    try:
-        here = load_parts(stem.tensors).get("weight")
-        told = scales.load(stem, path).get("weight")
-    except AdapterLabError as error:
-        raise error.about(f"module '{stem.name}'") from error
-    if here is None or told is None:
-        return stem.tensors
-    same = here.scale == told.scale and not scales.configured
-    if same and "lora_embedding_A" not in stem.tensors:
-        return stem.tensors
-    biases = [a for a in ALGORITHMS.values() if a.parameter == "bias"]
-    own = {s: t for s, t in stem.tensors.items() if any(a.owns(s) for a in biases)}
-    return {**own, **told.state()}
-
-
-def _rows(tensors: Mapping[str, Tensor]) -> int | None:
-    """Output rows of a module; None where no algorithm has its tensors."""
-    parts = load_parts(tensors)
-    shapes = [parts[name].shape for name in ("weight", "bias") if name in parts]
-    return shapes[0][0] if shapes and shapes[0] else None
-
-
-def _columns(tensors: Mapping[str, Tensor]) -> int:
-    weight = load_parts(tensors).get("weight")
-    return weight.shape[1] if weight is not None and len(weight.shape) > 1 else 0
 
 
 def _refuse(names: Iterable[str], form: KeyFormat, why: str) -> None:

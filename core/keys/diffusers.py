@@ -30,4 +30,7 @@ DIFFUSERS = KeyFormat(
     },
     family="diffusers",
     drops="processor",
+    folds=("lora", "loha", "lokr"),
+    loads=("lora", "lokr"),
+    single=True,
 )

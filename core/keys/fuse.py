@@ -158,7 +158,9 @@ def _alike(one: Tensors, two: Tensors) -> bool:
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two)
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return one.is_meta or two.is_meta or torch.equal(one, two)  # of a plan, what may be
 
 
 def _scale(tensors: Tensors, down: str) -> float:

@@ -10,4 +10,5 @@ MUSUBI = KeyFormat(
     separator="_",
     like="kohya",
     instead=KOHYA.instead,
+    loads=("lora", "loha", "lokr"),
 )

@@ -6,6 +6,7 @@ PEFT_SPELLINGS = {
     "lora_up.weight": "lora_B.weight",
     "lora_down.weight": "lora_A.weight",
     "lora_up.bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
 }
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -45,4 +46,7 @@ PEFT = KeyFormat(
         **{f"glora_{name}": f"glora_{name}" for name in _GLORA},
         **{f"glora_{name[0]}.*{name[1:]}": f"glora_{name}" for name in _GLORA},
     },
+    family="diffusers",
+    folds=("lora", "loha", "lokr"),
+    single=True,
 )

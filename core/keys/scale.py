@@ -190,7 +190,8 @@ class Network:
         same = math.isclose(float(alpha.item()), self._alpha, rel_tol=1e-3)
         if parts < 2 or parts != int(parts) or not same:
             return None
-        blocks = int(torch.count_nonzero(up)) * parts <= up.numel() * 1.5
+        # Without its values, what all else says is believed.
+        blocks = up.is_meta or int(torch.count_nonzero(up)) * parts <= up.numel() * 1.5
         return self._alpha / self._dim if blocks else None
 
     def rank_stabilised(self, algorithm: Algorithm, tensors: Mapping[str, Tensor]) -> float | None:
