@@ -6,5 +6,8 @@ adapters            one file per algorithm: factors -> weight delta
 archs               one entry per architecture: names, fused weights, aliases
 keys                one file per key format; `resolve` matches a file with a model
 bake                adapter into weights
+merge               adapter files averaged, merged, extracted, resized, converted
+quant               quantised weights: formats, reading, writing
 train               datasets, the training loop, checkpoints
+cli                 the file tools as a command
 """

@@ -43,3 +43,16 @@ def test_imports_and_carries_its_licence(installed: Path) -> None:
     said = subprocess.check_output([sys.executable, "-I", "-c", code], text=True)
     assert said.startswith(str(installed)) and "accelerate" in said
     assert next(installed.glob("*.dist-info/licenses/LICENSE")).is_file()
+
+
+def test_installs_the_command(installed: Path) -> None:
+    """What pip's script of the name calls, found and run as it does."""
+    code = (f"import sys; sys.path.insert(0, {str(installed)!r}); sys.meta_path.pop(0); "
+            "from importlib.metadata import distribution; "
+            "(entry,) = distribution('adapter-lab').entry_points; "
+            "sys.argv = [entry.name, '--version']; main = entry.load(); "
+            "print(entry.group, sys.modules[main.__module__].__file__, flush=True); "
+            "main()")  # fmt: skip
+    said = subprocess.check_output([sys.executable, "-I", "-c", code], text=True).split()
+    assert said[0] == "console_scripts" and said[1].startswith(str(installed))
+    assert said[2:] == ["adapter-lab", "0.1.0"]
