@@ -5,15 +5,20 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    bake,
     configure,
     dataset,
     demo,
+    ema,
+    extract,
     folder,
     inspect,
     load,
+    merge,
     objective,
     optimizer,
     preview,
+    resize,
     run,
     save,
     targets,
@@ -32,6 +37,6 @@ class AdapterLabExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         modules = (
             load, inspect, save, dataset, folder, configure, targets, optimizer, objective,
-            preview, train, run, demo,
+            preview, train, run, ema, merge, bake, extract, resize, demo,
         )  # fmt: skip
         return [node for module in modules for node in module.NODES]

@@ -30,6 +30,12 @@ def adapter_input(tooltip: str) -> io.Input:
     return io.LoraModel.Input("adapter", tooltip=tooltip)
 
 
+def file_input(name: str, files: list[str], tooltip: str) -> io.Input:
+    """A menu of ``files`` that also takes a full path which another node has written."""
+    menu = io.Combo.Input(name, options=files, tooltip=tooltip)
+    return io.MultiType.Input(menu, types=[io.String])
+
+
 def report_output(tooltip: str = "What matched, what did not and why, as text.") -> io.Output:
     """The STRING output that every reporting node has."""
     return io.String.Output(display_name="report", tooltip=tooltip)

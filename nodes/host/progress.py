@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -54,3 +55,15 @@ class Bar:
         """None when nodes are called from a script."""
         server = getattr(PromptServer, "instance", None)
         return None if self.node_id is None else server
+
+
+def ticker(node_id: str | None) -> Callable[[int, int, str], None]:
+    """What the tools of the core call before each module: (done, total, what is being done)."""
+    bars: list[Bar] = []
+
+    def tick(done: int, total: int, what: str) -> None:
+        if not bars or bars[0].total != total:
+            bars[:] = [Bar(total, node_id)]
+        bars[0].update(done, f"{what} ({done + 1} of {total})")
+
+    return tick

@@ -9,6 +9,7 @@ import pytest
 from adapter_lab.core.adapters import ALGORITHMS
 from adapter_lab.core.adapters.training import choices
 from adapter_lab.core.archs import ARCHITECTURES
+from adapter_lab.core.cli import TOOLS
 from adapter_lab.core.keys import FORMATS
 from adapter_lab.core.train.optimizers import OPTIMIZERS, PACKAGES
 from adapter_lab.core.train.schedules import SCHEDULES
@@ -63,6 +64,10 @@ def test_optimizers() -> None:
 
 def test_schedules() -> None:
     assert [row[0] for row in table("schedule")] == [*SCHEDULES]
+
+
+def test_tools_of_the_command_line() -> None:
+    assert {row[0]: row[1] for row in table("tool")} == TOOLS
 
 
 def test_every_optional_package_is_named() -> None:

@@ -28,7 +28,7 @@ CONTRACT = {
     "AdapterLabApply": "model clip adapter strength_model strength_clip mode on_unmatched "
     "block_weights schedule alpha",
     "AdapterLabInspect": "adapter model",
-    "AdapterLabSave": "adapter filename_prefix key_format dtype metadata architecture",
+    "AdapterLabSave": "adapter filename_prefix key_format dtype metadata architecture inexact rank",
     "AdapterLabDataset": "latents conditioning mask name captions",
     "AdapterLabDatasetFolder": "vae clip folder name resolution flip missing_captions trigger "
     "bucket_step buckets upscale masks caption_lines caption_extension prefix suffix shuffles "
@@ -52,6 +52,14 @@ CONTRACT = {
     "keep_last on_existing checkpointing config targets optimizer objective preview validation "
     "init_from ema_tracking clip chunk offload_activations streaming compile compute trackers",
     "AdapterLabRun": "run_name",
+    "AdapterLabEMA": "run checkpoints profile sigma_rel beta beta2 order first last products",
+    "AdapterLabBake": "model_file adapter strength filename_prefix dtype quantised precision "
+    "architecture more_adapters more_strengths",
+    "AdapterLabMerge": "adapters ratios method rank conv_rank max_error density majority seed "
+    "dtype model clip",
+    "AdapterLabExtract": "base_model tuned_model algorithm rank rule parameter conv_rank factor "
+    "dora_on clamp_quantile min_change min_diff others quantised dtype exact seed",
+    "AdapterLabResize": "adapter rank rule parameter conv_rank dtype exact seed model clip",
     "AdapterLabDemoText": "",
 }
 OUTPUTS = {
@@ -66,6 +74,11 @@ OUTPUTS = {
     "AdapterLabPreview": "TRAIN_PREVIEW",
     "AdapterLabTrain": "MODEL LORA_MODEL TRAIN_RUN LOSS_MAP IMAGE CLIP",
     "AdapterLabRun": "TRAIN_RUN LORA_MODEL STRING",
+    "AdapterLabEMA": "LORA_MODEL STRING IMAGE",
+    "AdapterLabBake": "STRING STRING",
+    "AdapterLabMerge": "LORA_MODEL STRING",
+    "AdapterLabExtract": "LORA_MODEL STRING",
+    "AdapterLabResize": "LORA_MODEL STRING",
 }
 STEM = "diffusion_model.double_blocks.0.img_attn.qkv"
 
@@ -248,6 +261,43 @@ def test_cancel_stops_within_a_step_and_keeps_what_was_learned(server):
     assert steps == list(range(1, steps[-1] + 1)) and done[0] <= steps[-1] < done[0] + 100
     resumed = server.run(training(run_name="long", steps=steps[-1] + 1))
     assert resumed.ok and f"resumed at {steps[-1]}" in resumed.texts["2"]
+
+
+def test_merging_in_the_graph(server):
+    """Sockets that grow, as a client of the API names them."""
+    given = {"adapters.adapter0": ["0", 0], "adapters.adapter1": ["0", 0]}
+    settings = {"ratios": "1, 0.5", "method": "auto", "rank": 0}
+    read = ("AdapterLabFile", {"adapter_name": "good.safetensors"})
+    show = ("PreviewAny", {"source": ["1", 1]})
+    result = server.run(prompt(read, ("AdapterLabMerge", {**given, **settings}), show))
+    assert result.ok, result.errors
+    shown = result.outputs["1"]["adapter_lab"][0]
+    assert shown["rows"][STEM]["rank"] == 4
+    assert any("more than once" in said for said in shown["warnings"])
+    worse = {**given, **settings, "ratios": "1, x"}
+    bad = server.run(prompt(read, ("AdapterLabMerge", worse), show))
+    assert "'x'" in message(bad)
+
+
+def test_baking_in_the_graph(server):
+    """The new file is one that ComfyUI's own loader lists, in the same session."""
+    read = ("AdapterLabFile", {"adapter_name": "good.safetensors"})
+    given = {"model_file": "flux.safetensors", "adapter": ["0", 0], "strength": 0.5,
+             "filename_prefix": "styles/ink", "dtype": "bf16", "more_strengths": "0.25",
+             "more_adapters.adapter0": ["0", 0]}  # fmt: skip
+    result = server.run(prompt(read, ("AdapterLabBake", given)))
+    assert result.ok, result.errors
+    shown = result.outputs["1"]["adapter_lab"][0]
+    assert shown["rows"][STEM]["made"] == "LoRA" and len(shown["rows"]) == 2
+    name = "styles/ink_00001_.safetensors"
+    assert (server.base / "output" / "diffusion_models" / name).is_file()
+    loader = ("UNETLoader", {"unet_name": name, "weight_dtype": "default"})
+    again = ("AdapterLabBake", {**given, "model_file": name, "filename_prefix": "twice"})
+    both = server.run(prompt(read, again, loader, ("AdapterLabInspect", {
+        "adapter": ["0", 0], "model": ["2", 0]})))  # fmt: skip
+    assert both.ok, both.errors
+    bad = server.run(prompt(read, ("AdapterLabBake", {**given, "more_strengths": "1, 2"})))
+    assert "2 strengths for 1 adapters" in message(bad)
 
 
 def test_replaced_file_is_read_again(server):

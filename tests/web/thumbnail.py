@@ -2,8 +2,8 @@
 
     ADAPTER_LAB_COMFYUI=... python tests/web/thumbnail.py [NAME ...]
 
-Of a workflow that saves two sets of pictures: one in each half, a prompt a row, the same seeds in
-both. Of another: the picture that it previews.
+Of a workflow that saves sets of pictures: the first and the last, one in each half, a prompt a row,
+the same seeds in both. Of another: the picture that it previews.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def thumbnail(base: Path, shown: dict[str, list[dict]]) -> Image.Image:
     files = {name: [base / one["type"] / one["subfolder"] / one["filename"] for one in images]
              for name, images in shown.items()}
     halves = [pictures for name, pictures in files.items() if name != "preview"]
-    if len(halves) != 2:
+    if len(halves) < 2:
         return Image.open(files["preview"][0]).convert("RGB")
-    return sheet(halves, len(halves[0]) // EACH, SHOWN, CELL)
+    return sheet([halves[0], halves[-1]], len(halves[0]) // EACH, SHOWN, CELL)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ function nodeAt(path) {
   return path.split(":").reduce((at, id) => (at?.subgraph ?? at)?.getNodeById(id), app.rootGraph);
 }
 
+/** Takes away the line of progress that ComfyUI leaves below a node whose run has ended. */
+function forgetProgress(node) {
+  const line = node.widgets.find((widget) => widget.type === "progressText");
+  if (line) node.removeWidget(line);
+}
+
 app.registerExtension({
   name: "adapter_lab.report",
 
@@ -40,6 +46,7 @@ app.registerExtension({
     panels.set(node, panel);
     node.onExecuted = function (output) {
       before?.call(this, output);
+      forgetProgress(node);
       panel.show(output.adapter_lab);
       if (output.adapter_lab?.some((report) => report.continues)) continuing.add(node);
     };

@@ -1,7 +1,7 @@
 /** The norm of an adapter's change by block as SVG. */
 
 import { element, label, svg } from "./dom.mjs";
-import { number } from "./table.mjs";
+import { number } from "./values.mjs";
 
 const [WIDTH, HEIGHT] = [320, 110];
 const [LEFT, TOP, RIGHT, BOTTOM] = [38, 10, 316, 84];

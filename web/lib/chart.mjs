@@ -1,7 +1,7 @@
 /** The loss curve of a training run as SVG. */
 
 import { element, label, polyline, svg } from "./dom.mjs";
-import { number } from "./table.mjs";
+import { number } from "./values.mjs";
 
 const [WIDTH, HEIGHT] = [320, 140];
 const [LEFT, TOP, RIGHT, BOTTOM] = [38, 8, 312, 108];

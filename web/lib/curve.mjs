@@ -1,7 +1,7 @@
 /** Strength over sampling progress as SVG. */
 
 import { element, label, polyline, svg } from "./dom.mjs";
-import { number } from "./table.mjs";
+import { number } from "./values.mjs";
 
 const [WIDTH, HEIGHT] = [320, 92];
 const [LEFT, TOP, RIGHT, BOTTOM] = [38, 10, 308, 68];

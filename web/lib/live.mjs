@@ -3,7 +3,7 @@
 import { chart } from "./chart.mjs";
 import { element } from "./dom.mjs";
 import { pictures } from "./pictures.mjs";
-import { number } from "./table.mjs";
+import { number } from "./values.mjs";
 
 /**
  * @typedef {object} State what the server sends after a step

@@ -1,7 +1,7 @@
 /** The learning rate over a run as SVG. */
 
 import { element, label, polyline, svg } from "./dom.mjs";
-import { number } from "./table.mjs";
+import { number } from "./values.mjs";
 
 const [WIDTH, HEIGHT] = [320, 84];
 const [LEFT, TOP, RIGHT, BOTTOM] = [46, 8, 312, 58];

@@ -4,6 +4,7 @@ import { bars } from "./bars.mjs";
 import { chart } from "./chart.mjs";
 import { curve } from "./curve.mjs";
 import { element } from "./dom.mjs";
+import { outcome } from "./outcome.mjs";
 import { pictures } from "./pictures.mjs";
 import { rates } from "./rates.mjs";
 import { table } from "./table.mjs";
@@ -16,6 +17,8 @@ import { table } from "./table.mjs";
  * @property {Record<string, string>} [unmatched] module -> why it was not applied
  * @property {Record<string, string>} [ignored] what is no module of the adapter -> why
  * @property {string[]} [warnings]
+ * @property {Record<string, import("./outcome.mjs").Made>} [rows] what a tool made, by name
+ * @property {Record<string, string>} [left_out] name -> why it is not in the result
  * @property {[number, number][]} [schedule] (sampling progress, strength)
  * @property {[string, string][]} [facts] (name, value)
  * @property {Record<string, string>} [metadata] of the file
@@ -57,7 +60,8 @@ export function verdict(text, state, tag = "div") {
 }
 
 /** @param {Report} report */
-function kind({ matched, unmatched, warnings }) {
+function kind({ matched, unmatched, warnings, rows }) {
+  if (rows) return warnings?.length ? "partly" : "all";
   if (!matched) return "plain";
   if (!Object.keys(matched).length) return "failed";
   return Object.keys(unmatched ?? {}).length || warnings?.length ? "partly" : "all";
@@ -83,6 +87,9 @@ function* details(report, first, view) {
   if (drawn) yield drawn;
   if (report.schedule?.length) yield curve(report.schedule);
   if (report.matched) yield table(report, view);
+  const leftOut = report.left_out ?? {};
+  const made = { ...report.rows };
+  if (Object.keys({ ...made, ...leftOut }).length) yield outcome(made, leftOut, view);
 }
 
 function text(content) {
