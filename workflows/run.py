@@ -17,8 +17,8 @@ from pathlib import Path
 
 HERE = Path(os.path.abspath(__file__)).parent
 sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "demo")]
-# The demo: train an adapter, then load the saved file as any other.
-DEMO = ("train_adapter", "load_adapter")
+# The demo: train an adapter, average its checkpoints, then load the saved file as any other.
+DEMO = ("train_adapter", "post_hoc_ema", "load_adapter")
 LONGEST_TEXT = 12  # lines; a list of all modules would hide the rest
 
 import comfyui  # noqa: E402

@@ -27,7 +27,7 @@ def figures(prompt, result, base, name):
         lines.append(f"{title}: {_shares(list(zip(asked, readings, strict=True)))}")
     path = base / "output" / "adapter_lab" / f"{name}.png"
     sheet(list(saved.values()), len(captions)).save(path)
-    return [*lines, f"left without, right with the adapter, a prompt a row: {path}"]
+    return [*lines, f"from left to right, a prompt a row: {path}"]
 
 
 def sheet(halves, rows, shown=None, cell=CELL):
@@ -60,7 +60,8 @@ def _captions(prompt, result):
     """Captions of the prompts in the order in which the samplers get them."""
     lists = [n["inputs"] for n in prompt.values() if n["class_type"] == "CreateList"]
     sources = [link[0] for inputs in lists for link in inputs.values() if isinstance(link, list)]
-    return [result.texts[node] for node in sources if node in result.texts]
+    texts = {node: result.texts.get(node) or prompt[node]["inputs"].get("text") for node in sources}
+    return [text for text in texts.values() if isinstance(text, str) and text]
 
 
 def _shares(readings):
