@@ -14,15 +14,27 @@ CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 Run = Callable[[], float]
 
 
-def measure(name: str, ours: Run, peer: Run, peer_name: str, unit: str, pairs: int) -> None:
-    """Interleave ``pairs`` of both (each gives its figure) after one unmeasured pair."""
-    ours(), peer()
+def measure(
+    name: str, ours: Run, peer: Run, peer_name: str, unit: str, pairs: int, warm: bool = True
+) -> None:
+    """Interleave ``pairs`` of both, each of which gives its figure.
+
+    Args:
+        warm: after a pair that is not measured.
+    """
+    if warm:
+        ours(), peer()
     figures = [(ours(), peer()) for _ in range(pairs)]
     mine, theirs = (statistics.median(column) for column in zip(*figures, strict=True))
     line = {
         "name": name, "ours": round(mine, 6), "peer": round(theirs, 6), "peer_name": peer_name,
-        "unit": unit, "ratio": round(mine / theirs, 4), "pairs": pairs,
+        "unit": unit, "ratio": round(mine / theirs, 4) if theirs else None, "pairs": pairs,
     }  # fmt: skip
+    say(line)
+
+
+def say(line: dict[str, object]) -> None:
+    """Print a line of the result."""
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 

@@ -1,7 +1,9 @@
 """Measures this pack beside its peers: ``python3 tests/bench/run.py [NAME ...]``.
 
-Prints one JSON object a line. Ours and the peer's are run in turns in one process, so that both
-see the same machine; the figure is the median, the ratio that of the medians.
+Prints one JSON object a line. Ours and the peer's are run in turns, so that both see the same
+machine; the figure is the median, the ratio that of the medians. sd-scripts and musubi-tuner are
+taken from the checkouts that BENCH_SD_SCRIPTS and BENCH_MUSUBI name, what they import in vain
+here from PYTHONPATH; without them their lines say so. What takes minutes is run when it is named.
 """
 
 from __future__ import annotations
@@ -29,17 +31,22 @@ def main(names: list[str]) -> int:
     import merging
     import steps
     import training
-    from pairs import measure
+    import workbench
+    from pairs import measure, say
+    from processes import Missing
 
     benches = {
         **training.BENCHES, **loading.BENCHES, **merging.BENCHES, **matching.BENCHES,
-        **steps.BENCHES, **loop.BENCHES,
+        **steps.BENCHES, **loop.BENCHES, **workbench.BENCHES,
     }  # fmt: skip
     if unknown := set(names) - set(benches):
         sys.stderr.write(f"No bench {', '.join(unknown)}; there are {', '.join(benches)}\n")
         return 2
-    for name in names or benches:
-        benches[name](lambda *args, name=name: measure(name, *args))
+    for name in names or [name for name in benches if name not in workbench.LONG]:
+        try:
+            benches[name](lambda *args, name=name: measure(name, *args))
+        except Missing as missing:
+            say({"name": name, "left out": str(missing)})
     return 0
 
 
