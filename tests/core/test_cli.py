@@ -230,8 +230,14 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
+def interruptible() -> None:
+    """Hear Ctrl-C even where the tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_ctrl_c_leaves_no_file_and_what_was_there(files, tmp_path, monkeypatch, tool):
+    interruptible()
     words, _ = TOOLS[tool]
     out = tmp_path / "o.safetensors"
     out.write_bytes(b"as it was")
@@ -249,8 +255,9 @@ def test_ctrl_c_at_a_running_command(tmp_path):
     save_file(wide, tmp_path / "a.safetensors")
     words = ["resize", "a.safetensors", "-o", "o.safetensors", "--rank", "4", "--exact"]
     command = subprocess.Popen(
-        [*COMMAND, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+        [*COMMAND, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=interruptible,
+    )  # fmt: skip
     held = Path(f"/proc/{command.pid}/fd")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and command.poll() is None:
