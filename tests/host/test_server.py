@@ -218,7 +218,7 @@ def test_training_from_the_graph(server):
     texts = [data["text"] for kind, data in result.messages if kind == "progress_text"]
     assert any("step 3 of 3" in text and "loss" in text for text in texts)
     assert "3 steps" in result.texts["2"]
-    assert result.texts["3"].endswith(" to loras/mine/x_00001_.safetensors")
+    assert result.texts["3"].splitlines()[0].endswith(" to loras/mine/x_00001_.safetensors")
     adapter = read_adapter(server.base / "output" / "loras" / "mine" / "x_00001_.safetensors")
     assert "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight" in adapter
     factors = {t.dtype for key, t in adapter.items() if not key.endswith(".alpha")}
