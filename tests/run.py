@@ -63,16 +63,17 @@ class Run:
         return ("failed" if ruff or pyright else "passed"), said
 
     def core(self) -> tuple[str, str]:
-        return self.pytest("core", **self.side_by_side)
+        return self.pytest("core", **self.side_by_side("loadfile"))
 
     def host(self) -> tuple[str, str]:
-        return self.pytest("host", ADAPTER_LAB_COMFYUI=str(self.home), **self.side_by_side)
+        return self.pytest("host", ADAPTER_LAB_COMFYUI=str(self.home),
+                           **self.side_by_side("loadfile"))
 
-    @property
-    def side_by_side(self) -> dict[str, str]:
-        """Files of tests spread over the processors, of which each process takes one."""
+    @staticmethod
+    def side_by_side(spread: str) -> dict[str, str]:
+        """Tests spread over the processors: files, or the groups that tests are marked with."""
         workers = min(4, os.cpu_count() or 1)
-        options = f"{os.environ.get('PYTEST_ADDOPTS', '')} -n {workers} --dist loadfile"
+        options = f"{os.environ.get('PYTEST_ADDOPTS', '')} -n {workers} --dist {spread}"
         return {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": options}
 
     def web(self) -> tuple[str, str]:
@@ -81,7 +82,8 @@ class Run:
             say("WEB TESTS SKIPPED: no chromium on this machine, and it could not be installed. "
                 "Install it (Debian: apt-get install chromium) to run them.")
             return "SKIPPED", "no chromium"
-        return self.pytest("web", ADAPTER_LAB_COMFYUI=str(self.home), ADAPTER_LAB_CHROMIUM=browser)
+        return self.pytest("web", ADAPTER_LAB_COMFYUI=str(self.home),
+                           ADAPTER_LAB_CHROMIUM=browser, **self.side_by_side("loadgroup"))
 
     def bench(self) -> tuple[str, str]:
         code, _ = self.call("tests/bench/run.py", ADAPTER_LAB_COMFYUI=str(self.home))

@@ -1,4 +1,4 @@
-"""One ComfyUI and one Chromium for all tests of the front end."""
+"""One ComfyUI and one Chromium for all tests of a renderer of the front end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from frontend import FLAGS, FrontEnd
 from server import Server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each renderer's tests are one process's, with a ComfyUI and a Chromium of its own."""
+    for item in items:
+        renderer = getattr(item, "callspec", None) and item.callspec.params.get("open_front_end")
+        item.add_marker(pytest.mark.xdist_group(renderer or "canvas"))
 
 
 @pytest.fixture(scope="session")
