@@ -17,7 +17,7 @@ from ..streams import raw
 from .agree import ALPHA, out_dtype
 
 Values = NDArray[np.floating]
-BLOCK = 1 << 16  # elements at once: what is computed stays in a core's cache
+BLOCK = 1 << 15  # elements at once: more, and torch starts threads that wait for each other
 _HEAD = 1 << 12  # bytes that tell most tensors that training changed from those that it left
 
 
