@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..archs import ArchSpec, likely
 from ..errors import AdapterLabError
+from ..files import is_finite
 from ..header import DTYPES
 from ..keys import ModelIndex
 from ..keys.base import ANY_ENCODER, OTHER
@@ -189,7 +190,7 @@ class Pair:
     def _check(self, base: Tensor, tuned: Tensor) -> None:
         sides = (self.base, self.before, base), (self.tuned, self.after, tuned)
         for file, place, values in sides:
-            if not bool(values.isfinite().all()):
+            if not is_finite(values):
                 raise AdapterLabError(
                     f"'{file.reader.path}' is damaged", found=f"NaN or infinity in '{place.key}'",
                     fix="Use an earlier or another copy of it.",
