@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..core.archs import ARCHITECTURES
 from ..core.errors import AdapterLabError
-from ..core.merge.bake import PRECISIONS, QUANTISED, SAVED, bake
+from ..core.merge.menus import PRECISIONS, QUANTISED, SAVED
 from .host import modelfile, paths
 from .host.progress import ticker
 from .types import CATEGORY, adapter_input, file_input, panel, report_output, strength_input
@@ -145,6 +145,9 @@ class BakeAdapter(io.ComfyNode):
         more = [given for given in (more_adapters or {}).values() if given is not None]
         strengths = [strength, *_strengths(more_strengths, len(more))]
         path = paths.numbered(filename_prefix, modelfile.kind(model_file))
+        # Imported where it runs: ComfyUI starts faster.
+        from ..core.merge.bake import bake
+
         outcome = bake(
             modelfile.find(model_file), path, list(zip([adapter, *more], strengths, strict=True)),
             dtype=dtype, precision=precision, quantised=quantised,

@@ -10,11 +10,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import AdapterLabError
-from ..core.merge.ema import PROFILES, Average, Settings, plan
-from ..core.merge.order import ORDERS, expand, stamps
-from ..core.merge.products import ProductAverage
+from ..core.merge.menus import AVERAGES, ORDERS
+from ..core.merge.order import expand, stamps
 from ..core.train.checkpoints import TrainRun
-from .ema_plot import average_plot
 from .host import paths
 from .host.progress import ticker
 from .types import CATEGORY, TrainRunType, lines, panel, report_output
@@ -66,7 +64,7 @@ def _inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "profile",
-            options=list(PROFILES),
+            options=list(AVERAGES),
             default="reconstruct",
             tooltip="reconstruct: from the two averages that Train Adapter tracks, nearly exact. "
             "power: of ordinary checkpoints by their steps. musubi: the numbers of musubi-tuner.",
@@ -152,6 +150,11 @@ class PostHocEMA(io.ComfyNode):
         products: bool = False,
     ) -> io.NodeOutput:
         found = _files(run, lines(checkpoints), profile)
+        # Imported where it runs: ComfyUI starts faster.
+        from ..core.merge.ema import Average, Settings, plan
+        from ..core.merge.products import ProductAverage
+        from .ema_plot import average_plot
+
         made = plan(
             found, profile, Settings(sigma_rel, beta, beta2 or None), order=order, first=first,
             last=last,

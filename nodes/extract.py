@@ -8,8 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import AdapterLabError
-from ..core.merge.extract import Extract
-from ..core.merge.fits import DORA_AXES, FITS
+from ..core.merge.menus import DORA_AXES, FITTED
 from ..core.merge.ranks import RULES, RankRule
 from .host import modelfile, paths
 from .host.progress import ticker
@@ -38,7 +37,7 @@ def _inputs() -> list[Any]:
             "The fine-tune of it, or the base with adapters baked in.",
         ),
         io.Combo.Input(
-            "algorithm", options=list(FITS), default="lora",
+            "algorithm", options=list(FITTED), default="lora",
             tooltip="lora: low-rank, loads everywhere. dora: also a length of each output, kept "
             "where that is nearer. lokr: the nearest Kronecker product. full: all of the "
             "difference, as large as the model.",
@@ -132,6 +131,9 @@ class ExtractAdapter(io.ComfyNode):
         parameter: float, conv_rank: int, others: str = "keep", quantised: str = "refuse",
         dtype: str = "keep", clamp_quantile: float = 1.0, **options: Any,
     ) -> io.NodeOutput:  # fmt: skip
+        # Imported where it runs: ComfyUI starts faster.
+        from ..core.merge.extract import Extract
+
         job = Extract(
             modelfile.find(base_model), modelfile.find(tuned_model), algorithm=algorithm,
             rule=RankRule(rule, parameter, rank, max(conv_rank, 0)), convolutions=conv_rank >= 0,

@@ -8,11 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import AdapterLabError
-from ..core.merge.combine import METHODS, Merge
-from ..core.merge.ranks import RankRule
-from ..core.merge.ties import SIGNS
+from ..core.merge.menus import METHODS, SIGNS
 from .host.progress import ticker
-from .host.weights import base
 from .save import DTYPES
 from .types import CATEGORY, panel, report_output
 
@@ -141,6 +138,11 @@ class MergeAdapters(io.ComfyNode):
         model: Any = None,
         clip: Any = None,
     ) -> io.NodeOutput:
+        # Imported where it runs: ComfyUI starts faster.
+        from ..core.merge.combine import Merge
+        from ..core.merge.ranks import RankRule
+        from .host.weights import base
+
         rule = RankRule("error" if max_error else "fixed", max_error, rank, conv_rank)
         job = Merge(
             [adapter for adapter in adapters.values() if adapter is not None], parse_ratios(ratios),

@@ -7,10 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.files import Adapter
+from ..core.merge.menus import NESTED
 from ..core.merge.ranks import RULES, RankRule
-from ..core.merge.resize import NESTED, Resize
 from .host.progress import ticker
-from .host.weights import base
 from .save import DTYPES
 from .types import CATEGORY, adapter_input, panel, report_output
 
@@ -101,6 +100,10 @@ class ResizeAdapter(io.ComfyNode):
         clip: Any = None,
     ) -> io.NodeOutput:
         nested = rule == NESTED
+        # Imported where it runs: ComfyUI starts faster.
+        from ..core.merge.resize import Resize
+        from .host.weights import base
+
         job = Resize(
             adapter, RankRule("fixed" if nested else rule, parameter, rank, conv_rank),
             nested=nested, dtype=DTYPES[dtype], base=base(model, clip), exact=exact, seed=seed,

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..core.archs import ARCHITECTURES
 from ..core.errors import AdapterLabError
 from ..core.files import Adapter, read_header
-from ..core.merge.convert import INEXACT, PEFT_FILE, Convert
+from ..core.merge.menus import INEXACT
 from .host import paths
 from .host.progress import ticker
 from .types import CATEGORY, adapter_input, panel
@@ -135,6 +135,9 @@ class SaveAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         more, spec = _metadata(metadata), _architectures().get(architecture)
         tick = ticker(cls.hidden.unique_id if cls.hidden else None)
+        # Imported where it runs: ComfyUI starts faster.
+        from ..core.merge.convert import PEFT_FILE, Convert
+
         job = Convert(Adapter.of(adapter), key_format, architecture=spec, dtype=DTYPES[dtype],
                       inexact=inexact, rank=rank, tick=tick)  # fmt: skip
         job.metadata.update(more)

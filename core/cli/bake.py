@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from ..archs import ARCHITECTURES
 from ..errors import AdapterLabError
 from ..files import read_header
-from ..merge.bake import PRECISIONS, QUANTISED, SAVED, bake
+from ..merge.bake import bake
+from ..merge.menus import PRECISIONS, QUANTISED, SAVED
 from ..merge.modules import Tick
 from . import base
 from .base import Argument, Result, argument

@@ -5,9 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ..merge.ema import PROFILES, Average, Settings, plan
+from ..merge.ema import Average, Settings, plan
+from ..merge.menus import AVERAGES, ORDERS
 from ..merge.modules import Tick
-from ..merge.order import ORDERS, expand
+from ..merge.order import expand
 from ..merge.products import ProductAverage
 from . import base
 from .base import Argument, Result, argument, choice
@@ -27,7 +28,7 @@ EXAMPLES = """
 def arguments() -> Sequence[Argument]:
     return (
         argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="files, globs or folders"),
-        choice("--profile", PROFILES, "how they are weighted (reconstruct)", default="reconstruct"),
+        choice("--profile", AVERAGES, "how they are weighted (reconstruct)", default="reconstruct"),
         argument("--sigma-rel", type=float, default=0.15, help="width of the average (0.15)"),
         argument("--beta", type=float, default=0.95, help="decay of musubi-beta (0.95)"),
         argument("--beta2", type=float, help="decay of its last file, if another"),

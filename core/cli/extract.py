@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from ..merge.extract import Extract
-from ..merge.fits import FITS
+from ..merge.menus import FITTED
 from ..merge.modules import Tick
 from . import base
 from .base import Argument, Result, argument
@@ -27,7 +27,7 @@ def arguments() -> Sequence[Argument]:
     return (
         argument("base", metavar="BASE", help="model file that the tuned one began as"),
         argument("tuned", metavar="TUNED", help="model file"),
-        argument("--algorithm", choices=tuple(FITS), default="lora", help="of the result (lora)"),
+        argument("--algorithm", choices=tuple(FITTED), default="lora", help="of the result (lora)"),
         *base.ranking(16),
         argument("--no-convolutions", action="store_true", help="leave k x k convolutions out"),
         argument("--no-others", action="store_true", help="leave biases, norms and the like out"),

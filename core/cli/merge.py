@@ -5,13 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import get_args
 
 from ..archs import ARCHITECTURES
 from ..lazy import AdapterFile
-from ..merge.combine import METHODS, Merge
+from ..merge.combine import Merge
+from ..merge.menus import METHODS, SIGNS
 from ..merge.modules import Tick
-from ..merge.ties import Sign
 from . import base
 from .base import Argument, Result, argument, choice
 
@@ -38,7 +37,7 @@ def arguments() -> Sequence[Argument]:
         choice("--method", METHODS, "how (auto)", default="auto"),
         *base.ranking(0),
         argument("--density", type=float, default=0.5, help="share that ties and dare keep (0.5)"),
-        argument("--sign", choices=get_args(Sign), default="total",
+        argument("--sign", choices=SIGNS, default="total",
                  help="majority of ties: by the sum of values or by their count (total)"),
         argument("--architecture", choices=tuple(ARCHITECTURES), metavar="NAME",
                  help="of the model, where the files' names fit several"),

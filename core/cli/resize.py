@@ -6,8 +6,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from ..lazy import AdapterFile
+from ..merge.menus import NESTED
 from ..merge.modules import Tick
-from ..merge.resize import NESTED, Resize
+from ..merge.resize import Resize
 from . import base
 from .base import Argument, Result, argument
 

@@ -20,6 +20,7 @@ from . import kohya, ties
 from .base import Base
 from .factors import cast, dense_sum, lora_of, spectrum_of
 from .kept import titled, widest
+from .menus import KOHYA, TIES, Sign
 from .modules import Module
 from .outcome import Row
 from .pairing import Group
@@ -47,7 +48,7 @@ class Adder:
     method: str
     rule: RankRule
     density: float
-    sign: ties.Sign
+    sign: Sign
     seed: int
     dtype: torch.dtype | None
     base: Base | None
@@ -64,7 +65,7 @@ class Adder:
             ratios: by file.
         """
         members = [(module, ratios[i]) for i, module in group.members]
-        if self.method in kohya.METHODS:
+        if self.method in KOHYA:
             return self._kohya(members)
         reading = [p for m, _ in members for p in m.parts.values() if p.reads_weight]
         if group.beside and reading:
@@ -89,7 +90,7 @@ class Adder:
     def _shrinks(self, module: Module) -> bool:
         """Whether a module that is in one adapter only has to become another."""
         weight = module.weight
-        if self.method in ties.METHODS:
+        if self.method in TIES:
             return True
         if weight is None or not self.limited or len(weight.shape) < 2 or weight.reads_weight:
             return False
@@ -111,7 +112,7 @@ class Adder:
         """The sum of the deltas of one weight."""
         dtype = self._dtype(group)
         weight = self._needed(group, terms)
-        if self.method in ties.METHODS:
+        if self.method in TIES:
             return self._disagreeing(group, terms, weight, dtype)
         terms = folded(terms)
         if not terms:
@@ -193,7 +194,7 @@ class Adder:
         if not terms:
             return {}
         shape, dtype = common_shape(terms, bias), self._dtype(group)
-        if self.method not in ties.METHODS:
+        if self.method not in TIES:
             return dense(terms, shape, dtype, bias, Bias)
         tasks = [dense_sum([(a, math.copysign(1, r))], shape, weight=bias) for a, r in terms]
         merged = ties.disagreeing(

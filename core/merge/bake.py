@@ -20,13 +20,11 @@ from ..quant.stored import read_weight
 from ..streams import PathLike, Reader, write_stream
 from .bake_plan import Part, Plan
 from .bake_report import metadata_of, tell_whole
+from .menus import PRECISIONS, QUANTISED, SAVED
 from .model_names import Place
 from .modules import Tick, quiet
 from .outcome import Outcome
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAVED = {"keep": None, **PRECISIONS}
-QUANTISED = ("refuse", "dequantise")
 Given = tuple[Mapping[str, Tensor] | PathLike, float]
 
 

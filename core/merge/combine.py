@@ -19,15 +19,14 @@ from . import kohya, ties
 from .adding import Adder
 from .base import Base
 from .job import Job
+from .menus import EXACT, METHODS, TIES, Sign
 from .metadata import merged_from, network_metadata
 from .modules import Tick, quiet
 from .outcome import counted
 from .pairing import Pairing
 from .ranks import RankRule
 
-EXACT = ("auto", "concatenate")
-METHODS = (*EXACT, "svd", *ties.METHODS, *kohya.METHODS)
-_FULL_RANK = ("svd", *ties.METHODS, "kohya svd")  # what has to be cut to a rank
+_FULL_RANK = ("svd", *TIES, "kohya svd")  # what has to be cut to a rank
 _UNTRUE = ("rs_lora", "split_qkv")  # options that change how alphas are read
 _EMBEDDING = "bundle_emb."
 
@@ -62,7 +61,7 @@ class Merge(Job):
     def __init__(
         self, adapters: Sequence[Mapping[str, Tensor]], ratios: Sequence[float], *,
         method: str = "auto", rule: RankRule | None = None, density: float = 0.5,
-        sign: ties.Sign = "total", seed: int = 0, dtype: torch.dtype | None = None,
+        sign: Sign = "total", seed: int = 0, dtype: torch.dtype | None = None,
         base: Any = None, architecture: str | None = None, tick: Tick = quiet,
     ) -> None:  # fmt: skip
         rule = rule or RankRule()
@@ -183,7 +182,7 @@ def _check_method(method: str, rule: RankRule, density: float) -> None:
         )  # fmt: skip
     if method == "kohya svd" and rule.rule != "fixed":
         raise AdapterLabError("The method kohya svd takes a fixed rank only", found=rule.rule)
-    if method in ties.METHODS:
+    if method in TIES:
         ties.check_density(density)
 
 

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +23,11 @@ from ..streams import PathLike
 from .approximate import Approximation
 from .factors import cast
 from .job import Job
+from .menus import INEXACT, Inexact
 from .metadata import network_metadata
 from .modules import Source, Tick, quiet
 from .outcome import Row
 
-Inexact = Literal["svd", "error", "keep"]
-INEXACT = ("svd", "keep", "error")
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 

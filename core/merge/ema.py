@@ -32,10 +32,10 @@ from .metadata import merged_from
 from .modules import Source, Tick, quiet
 from .order import AVERAGED, WIDTH, Checkpoint, ordered, read, stamp
 from .outcome import Row
-from .profiles import PROFILES, Plan, Settings, facts, plan
+from .profiles import Plan, Settings, facts, plan
 
 __all__ = [
-    "PROFILES", "Average", "Plan", "Settings", "merge_files", "musubi_betas", "musubi_weights",
+    "Average", "Plan", "Settings", "merge_files", "musubi_betas", "musubi_weights",
     "plan", "profile_error", "require_other", "require_unchanged", "solve", "weights",
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from ..tensors import length
 from .factors import cast, decomposed, lora_of
 from .gains import Gains
 from .kronecker import Nearest
+from .menus import DORA_AXES
 from .noise import linalg
 from .ranks import RankRule
 
@@ -23,7 +24,6 @@ _TURNS = 12
 _ENOUGH = 1e-4  # of the change: what another turn has to gain
 _WORTH = 1e-3  # of the change: by how much DoRA has to be nearer than LoRA
 _LEAST = 0.1  # of a length, below which a factor that is divided by it would grow too large
-DORA_AXES = ("input", "output")
 _ROWS = 64  # that are compared at once
 _SORTED = 1 << 24  # numbers that torch takes a quantile of
 

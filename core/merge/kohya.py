@@ -22,7 +22,6 @@ from ..adapters.lora import DOWN, MID, UP, LoRA
 from ..errors import AdapterLabError
 from .modules import Module
 
-METHODS = ("kohya", "kohya concat", "kohya svd")
 CLAMP_QUANTILE = 0.99
 FAULTS = {
     "kohya": "The numbers are those of sd-scripts' merge_lora, not the sum of the adapters: each "

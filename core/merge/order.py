@@ -16,8 +16,8 @@ from ..atomic import telling
 from ..errors import AdapterLabError
 from ..files import Header, config_beside, config_for, read_header
 from ..streams import PathLike
+from .menus import ORDERS
 
-ORDERS = ("step", "modified", "as given")
 SUFFIX = ".safetensors"
 WIDTH, AVERAGED = "adapter_lab_ema_sigma_rel", "adapter_lab_ema_profile"  # metadata keys
 _WIDTH = re.compile(r"-ema(\d?\.\d+)$")

@@ -20,12 +20,12 @@ from .base import Base
 from .factors import cast, lora_of, spectrum_of
 from .job import Job
 from .kept import as_stored, beside, plain, stays, titled, unturned, widest
+from .menus import NESTED
 from .metadata import DYNAMIC, network_metadata
 from .modules import Module, Source, Tick, quiet
 from .outcome import Row, counted, mebibytes
 from .ranks import RankRule
 
-NESTED = "first ranks"  # beside the rules: the first ranks of a DyLoRA
 _NAMED = 3  # modules in a message
 _EMBEDDING = "bundle_emb."
 

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterLabError
-
-Sign = Literal["total", "frequency"]
-SIGNS: tuple[Sign, ...] = ("total", "frequency")
-METHODS = ("ties", "dare", "dare_ties")
+from .menus import Sign
 
 
 def disagreeing(

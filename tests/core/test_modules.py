@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import peft
 import pytest
@@ -11,9 +12,12 @@ import torch
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.files import Adapter, read_adapter, write_adapter
 from adapter_lab.core.lazy import AdapterFile
+from adapter_lab.core.merge import menus
+from adapter_lab.core.merge.fits import FITS
 from adapter_lab.core.merge.job import Job
 from adapter_lab.core.merge.modules import Source
 from adapter_lab.core.merge.outcome import Outcome, Row
+from adapter_lab.core.merge.profiles import PROFILES
 from torch import Tensor, nn
 
 WIDE = 1500  # of tensors that are not read before they are asked for
@@ -138,3 +142,9 @@ def test_an_outcome_puts_the_worst_first_and_counts_the_rest() -> None:
     assert text[3] == "m19: LoRA 19, error 19.00%" and outcome.error == 0.19
     assert "... and 8 more" in text and text[-1] == "left out: x: too small"
     assert outcome.to_dict()["rows"]["m3"] == {"made": "LoRA", "rank": 3, "error": 0.03, "note": ""}
+
+
+def test_menus_offer_what_there_is():
+    assert tuple(FITS) == menus.FITTED and tuple(PROFILES) == menus.AVERAGES
+    assert set(get_args(menus.Sign)) == {*menus.SIGNS}
+    assert set(get_args(menus.Inexact)) == {*menus.INEXACT}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from adapter_lab.core.files import Adapter
 from adapter_lab.core.merge.combine import Merge
+from adapter_lab.core.merge.menus import TIES
 from adapter_lab.core.merge.ranks import RankRule
-from adapter_lab.core.merge.ties import METHODS, disagreeing
+from adapter_lab.core.merge.ties import disagreeing
 from peft.utils import merge_utils as peft
 
 PEFT = {"ties": peft.ties, "dare": peft.dare_linear, "dare_ties": peft.dare_ties}
@@ -31,7 +32,7 @@ def theirs(method, given, ratios, density, sign="total"):
 
 @pytest.mark.parametrize("sign", ["total", "frequency"])
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.93])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TIES)
 def test_numbers_of_peft(method, density, sign):
     given = tasks()
     wanted = theirs(method, given, RATIOS, density, sign)
@@ -40,7 +41,7 @@ def test_numbers_of_peft(method, density, sign):
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TIES)
 def test_density_one_prunes_nothing(method):
     given = tasks()
     with pytest.warns(UserWarning, match="no pruning"):

@@ -53,8 +53,8 @@ def test_loads_without_a_word(server: Server) -> None:
 def test_loads_fast() -> None:
     """In processor time, since others may be using the machine; modules compiled before."""
     command = [sys.executable, "-I", "-c", IMPORT_TIME.format(comfyui=COMFYUI)]
-    runs = [subprocess.check_output(command, text=True).split() for _ in range(2)]
-    assert min(float(run[run.index("seconds") + 1]) for run in runs) < 0.1
+    runs = (subprocess.check_output(command, text=True).split() for _ in range(6))
+    assert any(float(run[run.index("seconds") + 1]) < 0.1 for run in runs)
 
 
 def test_templates_and_scripts_are_served(server: Server) -> None:

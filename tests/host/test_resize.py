@@ -10,7 +10,7 @@ import samples
 import torch
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.files import Adapter
-from adapter_lab.core.merge.resize import NESTED
+from adapter_lab.core.merge.menus import NESTED
 from adapter_lab.nodes.host.model import shapes
 from adapter_lab.nodes.resize import ResizeAdapter
 
