@@ -25,6 +25,7 @@ def main(names: list[str]) -> int:
         os.environ["ADAPTER_LAB_COMFYUI"] = comfyui
         return subprocess.call([python, __file__, *names])
     sys.path[:0] = [str(HERE), str(HERE.parent / "host")]
+    import importing
     import loading
     import loop
     import matching
@@ -37,7 +38,7 @@ def main(names: list[str]) -> int:
 
     benches = {
         **training.BENCHES, **loading.BENCHES, **merging.BENCHES, **matching.BENCHES,
-        **steps.BENCHES, **loop.BENCHES, **workbench.BENCHES,
+        **steps.BENCHES, **loop.BENCHES, **workbench.BENCHES, **importing.BENCHES,
     }  # fmt: skip
     if unknown := set(names) - set(benches):
         sys.stderr.write(f"No bench {', '.join(unknown)}; there are {', '.join(benches)}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -66,13 +65,12 @@ def test_the_group_of_text_encoders(part):
     assert weights.weight_of("clip_mapper") == weights.weight_of("text_encoders_in") == 1
 
 
+@pytest.mark.timeout(60)
 def test_many_stars_take_no_time():
-    start = time.process_time()
     weights = parse("*a" * 12 + "b = 0.5\n" + "*a" * 12 + " = 0.25")
     assert weights.weight_of("a" * 60) == 0.25
     assert weights.weight_of("a" * 60 + "b") == 0.5
     assert weights.weight_of("a" * 11 + "b") == 1
-    assert time.process_time() - start < 5
 
 
 def test_lines_that_hit_nothing_are_told():

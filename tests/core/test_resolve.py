@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
@@ -364,12 +363,11 @@ def test_nonsense_costs_no_minutes():
     assert 0 < sum("nearest" in reason for reason in report.unmatched.values()) < 26
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("shape", ["foo.{0}.bar{0}.thing{0}.weird{0}", "{0}.lora_upp.weight"])
 def test_a_hundred_thousand_keys_cost_no_minutes(shape):
-    start = time.process_time()
     _, report = resolve({shape.format(n): torch.ones(1) for n in range(100_000)}, MODEL)
     assert len(report.unmatched) == 100_000
-    assert time.process_time() - start < 60
 
 
 def test_a_checkpoint_is_called_one():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import diffusers
@@ -91,14 +90,13 @@ def test_converters_fold_alpha_in_and_keep_the_metadata():
     assert len(converted) == 2 and scale(converted, metadata) == 1
 
 
+@pytest.mark.timeout(60)
 def test_many_patterns_cost_no_minutes():
     """As many as modules, more than ``re`` keeps compiled."""
     paths = [f"blocks.{n}.attn.to_q" for n in range(750)]
     config = {"r": 4, "lora_alpha": 4, "rank_pattern": dict.fromkeys(paths, 2),
               "alpha_pattern": {path: n for n, path in enumerate(paths)}}  # fmt: skip
-    start = time.process_time()
     assert [config_scale(config, path) for path in paths] == [n / 2 for n in range(750)]
-    assert time.process_time() - start < 20
 
 
 def test_network_metadata_of_convolutions():

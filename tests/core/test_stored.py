@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -191,6 +190,7 @@ def test_layers_listed_in_the_metadata(tmp_path):
         assert left == {"title": "x"}
 
 
+@pytest.mark.timeout(20)
 def test_time_grows_with_the_layers(tmp_path):
     """A moment for 4000; going through all tensors for each layer would take half a minute."""
     names = [f"blocks.{i}.q" for i in range(4000)]
@@ -199,11 +199,9 @@ def test_time_grows_with_the_layers(tmp_path):
     tensors |= {f"{n}.weight_scale": one.clone() for n in names}
     table = {"layers": dict.fromkeys(names, {"format": "float8_e4m3fn"})}
     save_file(tensors, tmp_path / "m.st", {"_quantization_metadata": json.dumps(table)})
-    start = time.perf_counter()
     with Reader(tmp_path / "m.st") as reader:
         assert all(stored(reader, f"{n}.weight").known for n in names)
         gone, left = dequantised(reader.header, [f"{n}.weight" for n in names])
-    assert time.perf_counter() - start < 5
     assert len(gone) == 4000 and not left
 
 

