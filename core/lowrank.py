@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterLabError
+from .tensors import length
 
 _linalg: Any = torch.linalg  # has no types
 _NOISE = 1e-6  # of the largest singular value; below is what float32 makes of zero
@@ -53,12 +54,12 @@ class Spectrum:
 
     def cut(self, rank: int) -> Spectrum:
         """With the first ``rank`` singular values and vectors only."""
-        left = math.hypot(self.rest, _norm(self.s[rank:]))
+        left = math.hypot(self.rest, length(self.s[rank:]))
         return replace(self, u=self.u[:, :rank], s=self.s[:rank], vh=self.vh[:rank], rest=left)
 
     def error(self, rank: int) -> float:
         """||M - M_rank|| / ||M||, 0 for a matrix of zeros."""
-        left = math.hypot(self.rest, _norm(self.s[rank:]))
+        left = math.hypot(self.rest, length(self.s[rank:]))
         return min(1.0, left / self.total) if self.total else 0.0
 
 
@@ -77,7 +78,7 @@ def factored(pairs: Sequence[tuple[Tensor, Tensor]]) -> Spectrum:
     up, down = _finite(_wide(ups, 1)), _finite(_wide(downs, 0))
     (qu, ru), (qd, rd) = _linalg.qr(up), _linalg.qr(down.T)
     u, s, vh = _linalg.svd(ru.double() @ rd.double().T, full_matrices=False)
-    total, nuclear = _norm(s), float(s.sum())
+    total, nuclear = length(s), float(s.sum())
     u, s, vh = u.float(), s.float(), vh.float()
     return Spectrum(qu.float() @ u, s, vh @ qd.T.float(), total, nuclear)
 
@@ -136,7 +137,7 @@ def _whole(matrix: Tensor) -> Spectrum:
 
 
 def _known(u: Tensor, s: Tensor, vh: Tensor) -> Spectrum:
-    total, nuclear = _norm(s), float(s.sum())
+    total, nuclear = length(s), float(s.sum())
     return Spectrum(u.float(), s.float(), vh.float(), total, nuclear)
 
 
@@ -149,7 +150,7 @@ def _krylov(matrix: Tensor, rank: int, seed: int) -> Spectrum | None:
     """
     (out, width), most = matrix.shape, min(matrix.shape) // 2
     left, right = matrix.new_empty((most, out)), matrix.new_empty((most, width))
-    b, total = matrix.new_zeros((most, most)), _norm(matrix)
+    b, total = matrix.new_zeros((most, most)), length(matrix)
     generator = torch.Generator(matrix.device).manual_seed(seed)
     more = torch.randn(_BLOCK, width, generator=generator, device=matrix.device)
     held: list[float] = []  # of the squares, by so many blocks and more
@@ -194,20 +195,16 @@ def _missing(held: Sequence[float]) -> float:
 
 
 def _measured(matrix: Tensor, u: Tensor, s: Tensor, vh: Tensor, total: float) -> Spectrum:
-    rest = total**2 - _norm(s) ** 2
+    rest = total**2 - length(s) ** 2
     if rest < _CANCELLED * total**2:  # the difference is rounding noise: it has to be measured
         parts = zip(_split(matrix), _split(u * s, matrix.shape[1]), strict=True)
-        rest = sum(_norm(part - up @ vh) ** 2 for part, up in parts)
+        rest = sum(length(part - up @ vh) ** 2 for part, up in parts)
     return Spectrum(u, s, vh, total, None, math.sqrt(rest) or math.ulp(total))
 
 
 def _zero(matrix: Tensor) -> Spectrum:
     u, s, vh = (matrix.new_zeros(n) for n in ((len(matrix), 1), (1,), (1, matrix.shape[1])))
     return Spectrum(u, s, vh, 0.0, 0.0)
-
-
-def _norm(tensor: Tensor) -> float:
-    return math.hypot(*(float(_linalg.vector_norm(t, dtype=torch.float64)) for t in _split(tensor)))
 
 
 def _split(tensor: Tensor, width: int = 0) -> tuple[Tensor, ...]:

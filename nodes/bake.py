@@ -7,20 +7,23 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.archs import ARCHITECTURES
 from ..core.errors import AdapterLabError
-from ..core.merge.menus import PRECISIONS, QUANTISED, SAVED
+from ..core.merge.menus import DTYPES, PRECISIONS, QUANTISED
 from .host import modelfile, paths
 from .host.progress import ticker
-from .types import CATEGORY, adapter_input, file_input, panel, report_output, strength_input
+from .types import (
+    AUTO,
+    CATEGORY,
+    adapter_input,
+    architecture_input,
+    architectures,
+    file_input,
+    panel,
+    report_output,
+    strength_input,
+)
 
-AUTO = "auto"
 _MOST = 20  # further adapters
-
-
-def _architectures() -> dict[str, str]:
-    """Title -> id of every diffusion model."""
-    return {spec.title: spec.id for spec in ARCHITECTURES.values() if "model" in spec.parts}
 
 
 def _inputs() -> list[Any]:
@@ -40,7 +43,7 @@ def _inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "dtype",
-            options=list(SAVED),
+            options=list(DTYPES),
             default="keep",
             tooltip="Number format of the file. keep: every tensor in its own.",
         ),
@@ -66,14 +69,7 @@ def _options() -> list[Any]:
             advanced=True,
             tooltip="Number format to add in. Less than fp32 only to repeat what other tools do.",
         ),
-        io.Combo.Input(
-            "architecture",
-            options=[AUTO, *_architectures()],
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="What the model file is. auto: by its names and sizes.",
-        ),
+        architecture_input("What the model file is. auto: by its names and sizes."),
         io.Autogrow.Input(
             "more_adapters",
             template=io.Autogrow.TemplatePrefix(more, prefix="adapter", min=0, max=_MOST),
@@ -151,7 +147,7 @@ class BakeAdapter(io.ComfyNode):
         outcome = bake(
             modelfile.find(model_file), path, list(zip([adapter, *more], strengths, strict=True)),
             dtype=dtype, precision=precision, quantised=quantised,
-            architecture=_architectures().get(architecture),
+            architecture=architectures().get(architecture),
             tick=ticker(cls.hidden.unique_id if cls.hidden else None),
         )  # fmt: skip
         outcome.facts.append(("file", path.relative_to(paths.output()).as_posix()))

@@ -11,7 +11,6 @@ from comfy_api.latest import io
 
 from ..core.errors import AdapterLabError
 from ..core.merge.menus import AVERAGES, ORDERS
-from ..core.merge.order import expand, stamps
 from ..core.train.checkpoints import TrainRun
 from .host import paths
 from .host.progress import ticker
@@ -22,6 +21,8 @@ _FAR = 1 << 31  # steps
 
 def _files(run: TrainRun | None, chosen: Sequence[str], profile: str) -> list[Path]:
     """The files to average: of the run those that the profile works on, unless some are chosen."""
+    from ..core.merge.order import expand
+
     if chosen:
         return expand(chosen, _folders(profile) if run is None else [run.folder])
     if run is None:
@@ -130,6 +131,8 @@ class PostHocEMA(io.ComfyNode):
         # A run that comes over a link is unknown as yet; the node it comes from tells of changes.
         if checkpoints is None:
             return math.nan
+        from ..core.merge.order import expand, stamps
+
         try:
             return stamps(expand(lines(checkpoints), _folders(profile)))
         except AdapterLabError as error:

@@ -8,11 +8,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import AdapterLabError
-from ..core.merge.menus import DORA_AXES, FITTED
-from ..core.merge.ranks import RULES, RankRule
+from ..core.merge.menus import DORA_AXES, DTYPES, FITTED, RULES
 from .host import modelfile, paths
 from .host.progress import ticker
-from .save import DTYPES
 from .types import CATEGORY, file_input, panel, report_output
 
 
@@ -133,6 +131,7 @@ class ExtractAdapter(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         # Imported where it runs: ComfyUI starts faster.
         from ..core.merge.extract import Extract
+        from ..core.merge.ranks import RankRule
 
         job = Extract(
             modelfile.find(base_model), modelfile.find(tuned_model), algorithm=algorithm,

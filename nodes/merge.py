@@ -8,9 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.errors import AdapterLabError
-from ..core.merge.menus import METHODS, SIGNS
+from ..core.merge.menus import DTYPES, METHODS, SIGNS
 from .host.progress import ticker
-from .save import DTYPES
 from .types import CATEGORY, panel, report_output
 
 _MOST = 50  # adapters

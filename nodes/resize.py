@@ -7,10 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.files import Adapter
-from ..core.merge.menus import NESTED
-from ..core.merge.ranks import RULES, RankRule
+from ..core.merge.menus import DTYPES, NESTED, RULES
 from .host.progress import ticker
-from .save import DTYPES
 from .types import CATEGORY, adapter_input, panel, report_output
 
 
@@ -101,6 +99,7 @@ class ResizeAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         nested = rule == NESTED
         # Imported where it runs: ComfyUI starts faster.
+        from ..core.merge.ranks import RankRule
         from ..core.merge.resize import Resize
         from .host.weights import base
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
-from ..core.archs import ARCHITECTURES
 from ..core.errors import AdapterLabError
 from ..core.files import Adapter, read_header
-from ..core.merge.menus import INEXACT
+from ..core.merge.menus import DTYPES, INEXACT
 from .host import paths
 from .host.progress import ticker
-from .types import CATEGORY, adapter_input, panel
+from .types import AUTO, CATEGORY, adapter_input, architecture_input, architectures, panel
 
-AUTO = "auto"
 KEY_FORMATS = (
     "comfyui", "kohya", "diffusers", "lycoris", "musubi", "peft", "aitoolkit", "onetrainer", "bare",
 )  # fmt: skip
-DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _metadata(text: str) -> dict[str, str]:
@@ -32,11 +28,6 @@ def _metadata(text: str) -> dict[str, str]:
     if not isinstance(table, dict):
         raise AdapterLabError("The metadata is no JSON object", expected='{"name": "value"}')
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in table.items()}
-
-
-def _architectures() -> dict[str, str]:
-    """Title -> id of every diffusion model."""
-    return {spec.title: spec.id for spec in ARCHITECTURES.values() if "model" in spec.parts}
 
 
 def _inputs() -> list[Any]:
@@ -77,13 +68,8 @@ def _inputs() -> list[Any]:
 
 def _conversion() -> list[Any]:
     return [
-        io.Combo.Input(
-            "architecture",
-            options=[AUTO, *_architectures()],
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="The model that the adapter is for. auto: by its metadata, names and sizes.",
+        architecture_input(
+            "The model that the adapter is for. auto: by its metadata, names and sizes."
         ),
         io.Combo.Input(
             "inexact",
@@ -133,7 +119,7 @@ class SaveAdapter(io.ComfyNode):
         inexact: Any = "svd",
         rank: int = 0,
     ) -> io.NodeOutput:
-        more, spec = _metadata(metadata), _architectures().get(architecture)
+        more, spec = _metadata(metadata), architectures().get(architecture)
         tick = ticker(cls.hidden.unique_id if cls.hidden else None)
         # Imported where it runs: ComfyUI starts faster.
         from ..core.merge.convert import PEFT_FILE, Convert

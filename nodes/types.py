@@ -8,6 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.archs import ARCHITECTURES
+
 CATEGORY = "adapter lab"
 _POINTS = 400  # of a curve
 
@@ -34,6 +36,22 @@ def file_input(name: str, files: list[str], tooltip: str) -> io.Input:
     """A menu of ``files`` that also takes a full path which another node has written."""
     menu = io.Combo.Input(name, options=files, tooltip=tooltip)
     return io.MultiType.Input(menu, types=[io.String])
+
+
+AUTO = "auto"
+
+
+def architectures() -> dict[str, str]:
+    """Title -> id of every diffusion model."""
+    return {spec.title: spec.id for spec in ARCHITECTURES.values() if "model" in spec.parts}
+
+
+def architecture_input(tooltip: str) -> io.Input:
+    """A menu of their titles, and auto."""
+    return io.Combo.Input(
+        "architecture", options=[AUTO, *architectures()], default=AUTO, optional=True,
+        advanced=True, tooltip=tooltip,
+    )  # fmt: skip
 
 
 def report_output(tooltip: str = "What matched, what did not and why, as text.") -> io.Output:

@@ -9,7 +9,7 @@ from ..archs import ARCHITECTURES
 from ..errors import AdapterLabError
 from ..files import read_header
 from ..merge.bake import bake
-from ..merge.menus import PRECISIONS, QUANTISED, SAVED
+from ..merge.menus import PRECISIONS, QUANTISED
 from ..merge.modules import Tick
 from . import base
 from .base import Argument, Result, argument
@@ -30,7 +30,7 @@ def arguments() -> Sequence[Argument]:
         argument("adapters", nargs="+", metavar="ADAPTER", help="adapter files or globs"),
         argument("--strengths", nargs="+", type=float, metavar="NUMBER",
                  help="one for all adapters, or one for each (1)"),
-        argument("--dtype", choices=tuple(SAVED), default="keep", help="to save in (keep)"),
+        base.DTYPE,
         argument("--precision", choices=tuple(PRECISIONS), default="fp32",
                  help="what weights are rounded to between adapters (fp32)"),
         argument("--quantised", choices=QUANTISED, default="refuse",

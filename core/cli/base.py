@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from ..errors import AdapterLabError
+from ..merge.menus import DTYPES, RULES
 from ..merge.modules import Tick
 from ..merge.outcome import Outcome
-from ..merge.ranks import RULES, RankRule
+from ..merge.ranks import RankRule
 
 SUFFIX = ".safetensors"
 
@@ -68,7 +67,6 @@ WRITING = (
 SEED = argument("--seed", type=int, default=0, help="of what is drawn at random (default 0)")
 EXACT = argument("--exact", action="store_true", help="whole SVDs, no random sketches")
 MODEL = argument("--model", metavar="FILE", help="model file, where dW depends on its weights")
-DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE = argument("--dtype", choices=tuple(DTYPES), default="keep", help="of the result (keep)")
 
 

@@ -22,10 +22,9 @@ from .places import Place, find_specs, locate
 from .scale import Scales, network_args
 from .settings import Settings, packed
 from .shared import read_modules
-from .stems import Stem
+from .stems import EMBEDDING, Stem
 from .writer import Approximate, Piece, Writer, rows_of
 
-EMBEDDING = "bundle_emb."  # in front of embeddings, which are kept as they are
 _CONFIGURED = ("diffusers", "peft")  # formats whose readers may be told ranks beside the tensors
 _MANY = ("loha", "lokr")  # what a file of LoRA must not hold, and a LoRA can stand for
 _SCALE_METADATA = ("lora_adapter_metadata",)  # its names are those of the old keys

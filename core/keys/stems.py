@@ -23,7 +23,7 @@ _FOREIGN = (
 _WEAK = {"weight": "on_input", "bias": "on_input"}
 # In LightX2V's files, the difference of the parameter ``modulation`` of Wan's blocks and head.
 _RAW = "diff_m"
-_EMBEDDING = "bundle_emb."  # sd-webui: textual inversion embeddings beside the adapter
+EMBEDDING = "bundle_emb."  # sd-webui: textual inversion embeddings beside the adapter
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Stem:
     @property
     def embedding(self) -> bool:
         """Whether it is no module but a bundled textual inversion embedding."""
-        return self.name.startswith(_EMBEDDING)
+        return self.name.startswith(EMBEDDING)
 
 
 def read_stems(adapter: Mapping[str, Tensor]) -> dict[str, Stem]:
@@ -74,7 +74,7 @@ def read_stems(adapter: Mapping[str, Tensor]) -> dict[str, Stem]:
             raise AdapterLabError(f"'{key}' is not a tensor", found=type(tensor).__name__)
         head, *names = key.rsplit(".", 3)
         split = _tail(".".join(names)) if names else None
-        if split is None or key.startswith(_EMBEDDING):
+        if split is None or key.startswith(EMBEDDING):
             strange.append(key)
             continue
         extra, suffix, joint = split
@@ -107,9 +107,9 @@ def _place(key: str, tensor: Tensor, stems: dict[str, Stem]) -> None:
     head, _, last = key.rpartition(".")
     if head in stems and _WEAK.get(last) in stems[head].tensors:
         return _put(stems[head], last, key, tensor)
-    if key.startswith(_EMBEDDING):
-        name, _, suffix = key[len(_EMBEDDING) :].partition(".")
-        name = _EMBEDDING + name
+    if key.startswith(EMBEDDING):
+        name, _, suffix = key[len(EMBEDDING) :].partition(".")
+        name = EMBEDDING + name
     else:
         name, suffix = _extends(key, stems)
     stems.setdefault(name, Stem(name, unwrap(name))).unknown.append(suffix)

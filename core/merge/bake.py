@@ -20,7 +20,7 @@ from ..quant.stored import read_weight
 from ..streams import PathLike, Reader, write_stream
 from .bake_plan import Part, Plan
 from .bake_report import metadata_of, tell_whole
-from .menus import PRECISIONS, QUANTISED, SAVED
+from .menus import DTYPES, PRECISIONS, QUANTISED
 from .model_names import Place
 from .modules import Tick, quiet
 from .outcome import Outcome
@@ -61,7 +61,7 @@ def bake(
     outcome = Outcome()
     with ExitStack() as stack, torch.no_grad():
         reader = stack.enter_context(Reader(src))
-        plan = Plan(reader, outcome, SAVED[dtype])
+        plan = Plan(reader, outcome, DTYPES[dtype])
         for adapter, strength in given:
             if not isinstance(adapter, Mapping):
                 adapter = stack.enter_context(AdapterFile(adapter))
@@ -80,7 +80,7 @@ def bake(
 
 def _checked(adapters: Sequence[Given], **settings: str) -> list[Given]:
     """The adapters that change something; raises for what can't be meant."""
-    known = {"dtype": SAVED, "precision": PRECISIONS, "quantised": QUANTISED}
+    known = {"dtype": DTYPES, "precision": PRECISIONS, "quantised": QUANTISED}
     for name, value in settings.items():
         if value not in known[name]:
             expected = f"one of {', '.join(known[name])}"

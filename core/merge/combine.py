@@ -15,6 +15,7 @@ from ..adapters.full import Full
 from ..adapters.lora import LoRA
 from ..errors import AdapterLabError
 from ..keys.scale import network_args
+from ..keys.stems import EMBEDDING
 from . import kohya, ties
 from .adding import Adder
 from .base import Base
@@ -28,7 +29,6 @@ from .ranks import RankRule
 
 _FULL_RANK = ("svd", *TIES, "kohya svd")  # what has to be cut to a rank
 _UNTRUE = ("rs_lora", "split_qkv")  # options that change how alphas are read
-_EMBEDDING = "bundle_emb."
 
 
 class Merge(Job):
@@ -93,7 +93,7 @@ class Merge(Job):
             yield from ((group.key(suffix), tensor) for suffix, tensor in made.items())
         bundled: dict[str, Tensor] = {}
         for source in self.pairing.sources:
-            bundled |= {k: source.adapter[k] for k in source.adapter if k.startswith(_EMBEDDING)}
+            bundled |= {k: source.adapter[k] for k in source.adapter if k.startswith(EMBEDDING)}
         yield from bundled.items()
         self._conclude()
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..archs import ARCHITECTURES, ArchSpec
 from ..atomic import replacing, telling, write_all
 from ..errors import AdapterLabError
-from ..keys.convert import EMBEDDING, Conversion, kept_metadata
+from ..keys.convert import Conversion, kept_metadata
 from ..keys.dialect import loaded
 from ..keys.places import find_specs
-from ..keys.stems import Stem
+from ..keys.stems import EMBEDDING, Stem
 from ..keys.writer import Piece
 from ..streams import PathLike
 from .approximate import Approximation

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import AdapterLabError
 from ..lowrank import Spectrum
+from .menus import RULES
 
 # rule -> (what the parameter may be, as users read it; above; up to; from users of the tools)
 _LIMITS: dict[str, tuple[str, float, float]] = {
@@ -20,7 +21,6 @@ _LIMITS: dict[str, tuple[str, float, float]] = {
     "sv_cumulative": ("above 0 and up to 1, such as 0.9", 0.0, 1.0),
     "error": ("above 0 and below 1, such as 0.05", 0.0, 1.0),
 }
-RULES = tuple(_LIMITS)
 _ZERO = 1e-6  # largest singular value of a matrix of zeros, as in sd-scripts
 
 

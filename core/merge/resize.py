@@ -15,6 +15,7 @@ from ..adapters.lora import LoRA
 from ..adapters.padded import Padded
 from ..errors import AdapterLabError
 from ..keys.norms import needs_weight
+from ..keys.stems import EMBEDDING
 from ..lowrank import Spectrum
 from .base import Base
 from .factors import cast, lora_of, spectrum_of
@@ -27,7 +28,6 @@ from .outcome import Row, counted, mebibytes
 from .ranks import RankRule
 
 _NAMED = 3  # modules in a message
-_EMBEDDING = "bundle_emb."
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Resize(Job):
                 self._bytes[1] += made.nbytes
                 yield self.source.key(module.name, suffix), made
         adapter = self.source.adapter
-        yield from ((key, adapter[key]) for key in adapter if key.startswith(_EMBEDDING))
+        yield from ((key, adapter[key]) for key in adapter if key.startswith(EMBEDDING))
         self._conclude()
 
     def _resized(self, module: Module) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from adapter_lab.core.merge.job import Job
 from adapter_lab.core.merge.modules import Source
 from adapter_lab.core.merge.outcome import Outcome, Row
 from adapter_lab.core.merge.profiles import PROFILES
+from adapter_lab.core.merge.ranks import RankRule
 from torch import Tensor, nn
 
 WIDE = 1500  # of tensors that are not read before they are asked for
@@ -146,5 +147,7 @@ def test_an_outcome_puts_the_worst_first_and_counts_the_rest() -> None:
 
 def test_menus_offer_what_there_is():
     assert tuple(FITS) == menus.FITTED and tuple(PROFILES) == menus.AVERAGES
+    for rule in menus.RULES:
+        assert RankRule(rule, 0.5 if rule != "sv_ratio" else 2.0).rule == rule
     assert set(get_args(menus.Sign)) == {*menus.SIGNS}
     assert set(get_args(menus.Inexact)) == {*menus.INEXACT}

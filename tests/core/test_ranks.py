@@ -8,7 +8,8 @@ import pytest
 import torch
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.lowrank import Spectrum
-from adapter_lab.core.merge.ranks import RULES, RankRule
+from adapter_lab.core.merge.menus import RULES
+from adapter_lab.core.merge.ranks import RankRule
 
 VALUES = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25]
 SHAPE = (6, 9)
