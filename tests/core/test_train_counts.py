@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch.nn as nn
 from adapter_lab.core.adapters import AdapterConfig
