@@ -1,0 +1,1 @@
+"""Skipping sampling steps whose residual is predictable."""
