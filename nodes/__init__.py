@@ -14,6 +14,8 @@ from . import (
     folder,
     inspect,
     load,
+    magcache,
+    magcache_plan,
     merge,
     objective,
     optimizer,
@@ -37,6 +39,7 @@ class AdapterLabExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         modules = (
             load, inspect, save, dataset, folder, configure, targets, optimizer, objective,
-            preview, train, run, ema, merge, bake, extract, resize, demo,
+            preview, train, run, ema, merge, bake, extract, resize, magcache,
+            magcache_plan, demo,
         )  # fmt: skip
         return [node for module in modules for node in module.NODES]

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SIZE, MARGIN = (640, 360), (56, 20, 16, 40)
-INK, GRID, FAINT, LINE, DOTS = "#d8dee9", "#3b4252", "#4c6a92", "#88c0d0", "#ebcb8b"
+BACK, INK, GRID, FAINT = "#242933", "#d8dee9", "#3b4252", "#4c6a92"
+LINE, DOTS = "#88c0d0", "#ebcb8b"
 
 
 def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) -> Tensor:
@@ -54,7 +55,7 @@ def loss_plot(losses: Sequence[float], validation: Sequence[tuple[int, float]]) 
     draw.text((left, SIZE[1] - 10), "training loss (mean)", fill=LINE, anchor="ls", font=font)
     if validation:
         draw.text((left + 150, SIZE[1] - 10), "held-out loss", fill=DOTS, anchor="ls", font=font)
-    return _tensor(image)
+    return as_tensor(image)
 
 
 def block_plot(norms: Sequence[tuple[str, float]]) -> Tensor:
@@ -88,7 +89,7 @@ def block_plot(norms: Sequence[tuple[str, float]]) -> Tensor:
                 draw.text(at, number, fill=INK, anchor="mt", font=small)
             x += step
         x += step
-    return _tensor(image)
+    return as_tensor(image)
 
 
 def level_plot(levels: Tensor, at: Tensor, weights: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def level_plot(levels: Tensor, at: Tensor, weights: Tensor) -> Tensor:
     legend = f"weight of the loss, at most {most:.3g}"
     draw.text((right, 8), legend, fill=DOTS, anchor="rt", font=font)
     draw.text((left, SIZE[1] - 6), "0 clean, 1 noise", fill=INK, anchor="lb", font=font)
-    return _tensor(image)
+    return as_tensor(image)
 
 
 def _grid(draw: ImageDraw.ImageDraw, top: int, labels: Sequence[str]) -> None:
@@ -152,11 +153,12 @@ def _runs(norms: Sequence[tuple[str, float]]) -> list[tuple[str, list[tuple[str,
 
 
 def _canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", SIZE, "#242933")
+    image = Image.new("RGB", SIZE, BACK)
     return image, ImageDraw.Draw(image)
 
 
-def _tensor(image: Image.Image) -> Tensor:
+def as_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as an IMAGE, (1, h, w, 3) in [0, 1]."""
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
 
 

@@ -53,8 +53,9 @@ class Result:
 
     @property
     def texts(self) -> dict[str, str]:
-        """The text that nodes left on themselves, by node id."""
-        shown = {node: output.get("text") for node, output in self.outputs.items()}
+        """The text that nodes left on themselves, by node id; what a report became later wins."""
+        reports = {node: out.get("adapter_lab", [{}])[0] for node, out in self.outputs.items()}
+        shown = {n: reports[n].get("text") or out.get("text") for n, out in self.outputs.items()}
         return {n: "\n".join([t] if isinstance(t, str) else t) for n, t in shown.items() if t}
 
     def files(self, base: Path) -> list[Path]:

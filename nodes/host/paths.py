@@ -219,6 +219,11 @@ def datasets() -> list[str]:
     return list(dict.fromkeys(name for names in found for name in names))
 
 
+def calibrations() -> Path:
+    """Folder of what sampling runs measured for MagCache, in ComfyUI's user folder."""
+    return Path(folder_paths.get_user_directory(), "adapter_lab", "magcache")
+
+
 def numbered(prefix: str, root: str, suffix: str = ".safetensors") -> Path:
     """A new file ``<output>/<root>/<prefix>_00001_<suffix>``; the number counts up.
 

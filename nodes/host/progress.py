@@ -46,7 +46,7 @@ class Bar:
     def send(self, event: str, data: dict[str, Any]) -> None:
         """Send an event with the node's id to the client that queued the graph."""
         server = self._server
-        if server is not None:
+        if server is not None and server.client_id is not None:  # else to every client
             server.send_sync(f"adapter_lab.{event}", {"node": self.node_id, **data},
                              server.client_id)  # fmt: skip
 

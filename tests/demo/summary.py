@@ -70,5 +70,5 @@ def _shares(readings):
     for name, wanted in ((f"{CONCEPT}s", True), ("other shapes", False)):
         part = [(c.split(), r) for c, r in readings if (c.split()[1] == CONCEPT) == wanted]
         right = sum((r.colour, r.shape) == tuple(words[:2]) for words, r in part)
-        parts.append(f"{right} of {len(part)} {name} as asked")
+        parts += [f"{right} of {len(part)} {name} as asked"] if part else []
     return ", ".join(parts)

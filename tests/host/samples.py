@@ -11,11 +11,11 @@ from adapter_lab.nodes.host import model as host
 
 SHAPES = {
     "flux": (16, 8, 8), "wan": (16, 1, 8, 8), "sd15": (4, 8, 8), "sd3": (16, 8, 8),
-    "hunyuan_video": (16, 1, 8, 8), "cosmos": (16, 1, 8, 8),
+    "hunyuan_video": (16, 1, 8, 8), "cosmos": (16, 1, 8, 8), "ltxv": (128, 2, 4, 4),
 }  # fmt: skip
 TEXT = {
     "flux": (4, 64), "wan": (6, 4096), "sd15": (77, 768), "sd3": (5, 64), "hunyuan_video": (5, 64),
-    "cosmos": (5, 1024),
+    "cosmos": (5, 1024), "ltxv": (5, 64),
 }  # fmt: skip
 POOLED = {"flux": 32, "sd3": 64, "hunyuan_video": 768}
 

@@ -60,6 +60,10 @@ CONTRACT = {
     "AdapterLabExtract": "base_model tuned_model algorithm rank rule parameter conv_rank factor "
     "dora_on clamp_quantile min_change min_diff others quantised dtype exact seed",
     "AdapterLabResize": "adapter rank rule parameter conv_rank dtype exact seed model clip",
+    "AdapterLabMagCache": "model ratios manual_ratios threshold k retention start_percent "
+    "end_percent calibrate fill errors guard guard_last residual",
+    "AdapterLabMagCachePlan": "ratios manual_ratios steps threshold k retention guard_last "
+    "speed_up",
     "AdapterLabDemoText": "",
 }
 OUTPUTS = {
@@ -79,6 +83,8 @@ OUTPUTS = {
     "AdapterLabMerge": "LORA_MODEL STRING",
     "AdapterLabExtract": "LORA_MODEL STRING",
     "AdapterLabResize": "LORA_MODEL STRING",
+    "AdapterLabMagCache": "MODEL",
+    "AdapterLabMagCachePlan": "STRING IMAGE",
 }
 STEM = "diffusion_model.double_blocks.0.img_attn.qkv"
 

@@ -54,6 +54,11 @@ COSMOS = dict(
     pos_emb_learnable=True, pos_emb_interpolation="crop", min_fps=1, max_fps=30,
     use_adaln_lora=True, adaln_lora_dim=16, extra_per_block_abs_pos_emb=False,
 )  # fmt: skip
+# The same, from the number of heads.
+LTXV = dict(
+    image_model="ltxv", in_channels=128, cross_attention_dim=64, attention_head_dim=32,
+    num_attention_heads=2, caption_channels=64, num_layers=2,
+)  # fmt: skip
 
 BUILDERS = {
     "flux": (Flux, FLUX),
@@ -76,7 +81,15 @@ def write(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 def cosmos() -> Any:
     """A ModelPatcher of Cosmos-Predict2 with random weights."""
-    config = comfy.supported_models.CosmosT2IPredict2(dict(COSMOS))
+    return _patcher(comfy.supported_models.CosmosT2IPredict2(dict(COSMOS)))
+
+
+def ltxv() -> Any:
+    """The same of LTX-Video."""
+    return _patcher(comfy.supported_models.LTXV(dict(LTXV)))
+
+
+def _patcher(config: Any) -> Any:
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
     model.diffusion_model.load_state_dict(_random(model.diffusion_model, torch.float32))

@@ -91,6 +91,11 @@ def test_help_page_names_nothing_that_is_not_there(nodes: dict[str, dict], name:
 def test_help_page_is_served(server: Server, nodes: dict[str, dict], name: str) -> None:
     page = fetch(server, f"/extensions/adapter-lab/docs/{name}/en.md")
     assert page.startswith("# " + nodes[name]["display_name"])
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page):
+        # ComfyUI looks for the pictures of all pages in one place.
+        address = f"{server.address}/extensions/adapter-lab/docs/{picture}"
+        with urllib.request.urlopen(address, timeout=20) as answer:
+            assert answer.read(4) == b"\x89PNG"
 
 
 def test_templates_are_listed_with_a_thumbnail(server: Server) -> None:

@@ -7,6 +7,7 @@ import { element } from "./dom.mjs";
 import { outcome } from "./outcome.mjs";
 import { pictures } from "./pictures.mjs";
 import { rates } from "./rates.mjs";
+import { strip } from "./strip.mjs";
 import { table } from "./table.mjs";
 
 /**
@@ -27,6 +28,7 @@ import { table } from "./table.mjs";
  * @property {[number, number | null][]} [validation] (step, held-out loss)
  * @property {[number, number][]} [rates] (step, learning rate)
  * @property {import("./pictures.mjs").Preview[]} [previews]
+ * @property {import("./strip.mjs").Run[]} [runs] sampling runs that went by the node
  * @property {boolean} [continues] the run has steps left and goes on when queued again
  */
 
@@ -44,7 +46,7 @@ export function render(report, view) {
   const line = verdict(report.headline ?? first, state, body.hasChildNodes() ? "summary" : "div");
   if (!body.hasChildNodes()) return line;
   const made = element("details", "", line, body);
-  made.open = state !== "all" || Boolean(report.schedule ?? report.facts);
+  made.open = state !== "all" || Boolean(report.schedule ?? report.facts ?? report.runs);
   // Selecting the line's text must not fold it.
   line.addEventListener("click", (event) => {
     if (event.detail > 1 || !getSelection().isCollapsed) event.preventDefault();
@@ -60,7 +62,8 @@ export function verdict(text, state, tag = "div") {
 }
 
 /** @param {Report} report */
-function kind({ matched, unmatched, warnings, rows }) {
+function kind({ matched, unmatched, warnings, rows, runs }) {
+  if (runs) return runs.every(({ skipped, stopped }) => skipped && !stopped) ? "all" : "partly";
   if (rows) return warnings?.length ? "partly" : "all";
   if (!matched) return "plain";
   if (!Object.keys(matched).length) return "failed";
@@ -68,6 +71,10 @@ function kind({ matched, unmatched, warnings, rows }) {
 }
 
 function* details(report, first, view) {
+  if (report.runs) {
+    for (const [i, run] of report.runs.entries()) yield* sampled(run, i > 0);
+    return;
+  }
   const rest = report.text.slice(first.length).trim();
   if (report.headline && report.headline !== first) yield element("p", "", first);
   if (report.losses?.length) {
@@ -90,6 +97,15 @@ function* details(report, first, view) {
   const leftOut = report.left_out ?? {};
   const made = { ...report.rows };
   if (Object.keys({ ...made, ...leftOut }).length) yield outcome(made, leftOut, view);
+}
+
+/** One sampling run; `headed` where the line above is another's. */
+function* sampled(run, headed) {
+  if (headed) yield verdict(run.headline, kind({ runs: [run] }));
+  const drawn = strip(run);
+  if (drawn) yield drawn;
+  if (run.notes.length) yield text(run.notes.join("\n"));
+  if (run.facts.length) yield facts(run.facts);
 }
 
 function text(content) {
