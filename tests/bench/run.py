@@ -25,6 +25,8 @@ def main(names: list[str]) -> int:
         os.environ["ADAPTER_LAB_COMFYUI"] = comfyui
         return subprocess.call([python, __file__, *names])
     sys.path[:0] = [str(HERE), str(HERE.parent / "host")]
+    import caching
+    import caching_costs
     import importing
     import loading
     import loop
@@ -39,11 +41,12 @@ def main(names: list[str]) -> int:
     benches = {
         **training.BENCHES, **loading.BENCHES, **merging.BENCHES, **matching.BENCHES,
         **steps.BENCHES, **loop.BENCHES, **workbench.BENCHES, **importing.BENCHES,
+        **caching.BENCHES, **caching_costs.BENCHES,
     }  # fmt: skip
     if unknown := set(names) - set(benches):
         sys.stderr.write(f"No bench {', '.join(unknown)}; there are {', '.join(benches)}\n")
         return 2
-    for name in names or [name for name in benches if name not in workbench.LONG]:
+    for name in names or [name for name in benches if name not in workbench.LONG | caching.LONG]:
         try:
             benches[name](lambda *args, name=name: measure(name, *args))
         except Missing as missing:
