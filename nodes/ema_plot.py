@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..core.merge.ema import Plan
 from ..core.power import WIDEST, density, musubi_weights, weights, width
-from .plots import DOTS, FAINT, GRID, INK, LINE
+from .plots import BACK, DOTS, FAINT, GRID, INK, LINE, as_tensor
 
 _PANEL, _MARGIN = (640, 360), (64, 54, 24, 48)  # left, top, right, bottom
-_BACK = "#242933"
 _COLOURS = (LINE, DOTS, "#a3be8c", "#b48ead", "#d08770")
 _WIDTHS = (0.05, 0.10, 0.15, 0.20, 0.25)
 _COUNTS = (5, 10, 20, 50)  # of files
@@ -91,13 +89,13 @@ class _Chart:
 def average_plot(made: Plan) -> Tensor:
     """Weights and decays of ``made`` and what widths and decays mean, as an IMAGE,
     (1, 720, 1280, 3) in [0, 1]."""
-    image = Image.new("RGB", (2 * _PANEL[0], 2 * _PANEL[1]), _BACK)
+    image = Image.new("RGB", (2 * _PANEL[0], 2 * _PANEL[1]), BACK)
     draw = ImageDraw.Draw(image)
     _weights(draw, made)
     (_profiles if made.error is not None else _decays)(draw, made)
     _decays_of_widths(draw, made)
     _widths_of_decays(draw, made)
-    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
+    return as_tensor(image)
 
 
 def _weights(draw: ImageDraw.ImageDraw, made: Plan) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from adapter_lab.nodes.plots import DOTS, FAINT, GRID, INK, LINE
+from adapter_lab.nodes.plots import BACK, DOTS, FAINT, GRID, INK, LINE
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE, MARGIN = (800, 460), (64, 72, 28, 56)  # of the picture; left, top, right, bottom
-BACK, COLOURS = "#242933", (LINE, "#a3be8c", "#b48ead", "#5e81ac", DOTS, "#bf616a")
+COLOURS = (LINE, "#a3be8c", "#b48ead", "#5e81ac", DOTS, "#bf616a")
 X_TICK, Y_TICK = 0.25, 10
 Point = tuple[float, float, float]  # speed-up, PSNR, computed steps
 

@@ -164,6 +164,21 @@ def test_calibrations_are_in_both_menus_and_planned():
     assert "cond: 5 skipped: steps 3-4, 6-7, 9" in plan_of(ratios="calibrated: mine").args[0]
 
 
+def test_a_calibration_is_planned_by_what_it_knows():
+    """Bends of 10 on even steps of 0.1: a first skip is off by 10 x 0.1 x 0.2, then 10 x 0.1 x 0.3;
+    with sizes that never change, magnitudes allow four in a row."""
+    flat, sigmas = (1.0,) * 10, tuple(1 - t / 10 for t in range(10))
+    curve = Curve(sigmas, flat, (0.0,) * 10, (0.0,) * 10, (10.0,) * 10)
+    write_calibration(paths.calibrations() / "bent.json",
+                      Calibration("f", "blocks", "flux", 10, {"cond": curve}, {}))  # fmt: skip
+    made = plan_of(ratios="calibrated: bent", threshold=0.35).args[0]
+    assert "cond: 4 skipped: steps 3, 5, 7, 9" in made and "errors: extrapolation" in made
+    made = plan_of(ratios="calibrated: bent", threshold=0.35, errors="magnitude").args[0]
+    assert "cond: 6 skipped: steps 3-6, 8-9" in made and "errors: magnitude" in made
+    made = plan_of(errors="extrapolation").args[0]
+    assert "Nothing is known of errors of extrapolation" in made
+
+
 # What a run tells
 
 

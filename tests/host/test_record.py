@@ -76,6 +76,15 @@ def test_events_do_not_grow_with_the_run(load, server):
     assert len(event["validation"]) <= 400 and event["validation"][-1] == [9999, 9999.0]
 
 
+def test_nobody_is_told_of_a_job_without_a_client(load, server):
+    """ComfyUI sends what has no client to every open browser."""
+    server.client_id = None
+    told = Record(job(load("flux"), "flux"), "7")
+    told.resume(Progress(losses=[1.0]))
+    told.show(Step(1, 1.0, 1e-4, 1.0, [0.5], 0.1), last=True)
+    assert sent(server, "adapter_lab.training") == ([], [])
+
+
 def test_at_most_ten_events_a_second(load, server):
     began = time.monotonic()
     with torch.inference_mode():
