@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from io import FileIO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO, IOBase
 from typing import cast
 
 import torch
@@ -23,6 +26,7 @@ from .hashes import PLACEHOLDERS, Hasher
 from .header import DTYPES, NAMES, Header, TensorInfo, encode, layout, parse
 
 PathLike = str | os.PathLike[str]
+Watch = Callable[[str, memoryview], None]
 _HASHES = (*PLACEHOLDERS, "modelspec.hash_sha256")
 
 
@@ -65,6 +69,11 @@ class Reader:
             if self._file.readinto(memory) < len(memory):
                 raise AdapterLabError("the file was cut off while it was read")
 
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """Of the open file; another one when it was changed."""
+        return stamp(self._file)
+
     def close(self) -> None:
         """Close the file; tensors already read live on."""
         self._open.close()
@@ -74,6 +83,12 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def stamp(file: IOBase) -> tuple[int, ...]:
+    """Which file an open one is, its size, and when it was last written to."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_header(path: PathLike) -> Header:
@@ -106,6 +121,8 @@ def write_stream(
     *,
     hashes: bool = True,
     overwrite: bool = True,
+    watch: Watch | None = None,
+    closing: Callable[[str], Mapping[str, str]] | None = None,
 ) -> dict[str, str]:
     """Write tensors as they come, atomically, one in memory at a time; returns the metadata.
 
@@ -115,6 +132,10 @@ def write_stream(
         metadata: hashes of another file in it (``sshs_*``, modelspec's) are left out.
         hashes: add ``sshs_model_hash`` and ``sshs_legacy_hash`` (see :mod:`.hashes`).
         overwrite: False refuses to replace a file.
+        watch: called with the name and bytes of each tensor that was written. With it a tensor is
+            written while the next one is made, which holds one more in memory.
+        closing: called with the path of the written file before it is put in place; returns
+            metadata that were not known before, as long as those in ``metadata``.
 
     Raises:
         AdapterLabError: a tensor is missing, not announced or of another dtype or shape; all
@@ -130,23 +151,51 @@ def write_stream(
     with replacing(path, size=size, overwrite=overwrite) as file:
         with telling(subject):
             write_all(file, head)
-        _fill(file, subject, plan, tensors, len(head), hasher)
-        if hasher:
+        with _Behind() if watch else nullcontext(_now) as run:
+            put = _Put(file, subject, len(head), hasher, watch, run)
+            _fill(plan, tensors, subject, put)
+        with telling(subject):
+            late = hasher.finish(file, len(head)) if hasher else {}
+        late |= closing(str(file.name)) if closing else {}
+        if late:
             with telling(subject):
-                written |= hasher.finish(file, len(head))
+                written |= late
+                again = encode(plan, written)
+                if len(again) != len(head):  # it would run into the tensors
+                    raise AdapterLabError("the late metadata have another length")
                 file.seek(0)
-                write_all(file, encode(plan, written))
+                write_all(file, again)
     return written
 
 
+@dataclass(frozen=True)
+class _Put:
+    """Puts the bytes of one tensor where they belong."""
+
+    file: FileIO
+    subject: str
+    base: int
+    hasher: Hasher | None
+    watch: Watch | None
+    run: Callable[[Callable[[], None]], None]
+
+    def __call__(self, name: str, info: TensorInfo, data: memoryview) -> None:
+        self.run(partial(self._put, name, info, data))
+
+    def _put(self, name: str, info: TensorInfo, data: memoryview) -> None:
+        with telling(self.subject):
+            self.file.seek(self.base + info.start)
+            write_all(self.file, data)
+            if self.hasher:
+                self.hasher.feed(info, data)
+        if self.watch:
+            self.watch(name, data)
+
+
 def _fill(
-    file: FileIO,
-    subject: str,
-    plan: Mapping[str, TensorInfo],
-    tensors: Iterable[tuple[str, Tensor]],
-    base: int,
-    hasher: Hasher | None,
-) -> None:
+    plan: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]], subject: str,
+    put: _Put,
+) -> None:  # fmt: skip
     pending = dict(plan)
     for name, tensor in tensors:
         with telling(subject):
@@ -159,16 +208,40 @@ def _fill(
                 expected = f"{info.dtype} {list(info.shape)}"
                 raise AdapterLabError(f"tensor '{name}' differs", found=found, expected=expected)
             plain = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-            data = raw(plain)
-            file.seek(base + info.start)
-            write_all(file, data)
-            if hasher:
-                hasher.feed(info, data)
-        del tensor, plain, data  # or they live on while the next one is made
+        put(name, info, raw(plain))
+        del tensor, plain  # or they live on while the next one is made
     if pending:
         names = ", ".join(f"'{name}'" for name in list(pending)[:3])
         failed = f"{len(pending)} announced tensors did not come"
         raise AdapterLabError(failed, found=f"none for {names}").about(subject)
+
+
+def _now(work: Callable[[], None]) -> None:
+    work()
+
+
+class _Behind:
+    """Runs each call while the caller prepares the next; what one raises the next one raises."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        self._wait()
+        self._last = self._pool.submit(work)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
 
 
 def raw(tensor: Tensor) -> memoryview:

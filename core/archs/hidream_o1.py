@@ -33,7 +33,10 @@ HIDREAM_O1 = ArchSpec(
     base_versions=("hidream_o1_image", "hidream_o1"),
     modelspec=("HiDream-O1-Image",),
     families={"musubi": "original"},
-    keep=(r".*(norm|rotary|pos_embed|embed_tokens|lm_head).*",),
+    keep=(
+        r"(t_embedder1|x_embedder|final_layer2)\..+",
+        r".*(norm|rotary|pos_embed|embed_tokens|lm_head).*",
+    ),
     groups={
         "attention": ("*.self_attn", "visual.*.attn"),
         "mlp": ("*layers.*.mlp", "visual.*.mlp"),

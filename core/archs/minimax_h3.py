@@ -54,7 +54,8 @@ MINIMAX_H3 = ArchSpec(
     aliases=_LAYERS + _NORMS,
     excludes=(r".*adaln.*",),
     base_versions=("minimax_h3", "minimax_h3_ref2va"),
-    keep=(r"(?!blocks\.\d+\.).*", r".*(norm|adaln).*"),
+    # Not modulation, 13 of its 33 B numbers: Comfy-Org's own int8 files have it quantised.
+    keep=(r"(?!blocks\.\d+\.).*", r".*norm.*"),
     groups={
         "attention": ("*.attn",),
         "mlp": ("*.mlp",),

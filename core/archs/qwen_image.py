@@ -40,6 +40,7 @@ _GROUPS = {
     "image": ("*.img_*", *(f"*.attn.to_{x}" for x in ("q", "k", "v", "out"))),
     "text": ("*.txt_*", "*.attn.add_*", "*.attn.to_add_out"),
 }
+# Modulation is not in it: it is a third of the weights, which musubi-tuner quantises as well.
 _KEEP = (r"(?!transformer_blocks\.\d+\.).*", r".*norm.*")
 
 # musubi-tuner's exclude for modulation, ".*(_mod_).*", matches no dotted name: it is trained.

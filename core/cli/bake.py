@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from ..archs import ARCHITECTURES
-from ..errors import AdapterLabError
 from ..files import read_header
 from ..merge.bake import bake
 from ..merge.menus import PRECISIONS, QUANTISED
@@ -44,14 +43,8 @@ def arguments() -> Sequence[Argument]:
 def run(args: Namespace, tick: Tick) -> Result:
     model, adapters = base.one(args.model), base.paths(args.adapters)
     base.check_out(args, [model, *adapters])
-    strengths: list[float] = args.strengths or [1.0]
-    if len(strengths) == 1:
-        strengths *= len(adapters)
-    if len(strengths) != len(adapters):
-        found = f"{len(strengths)} strengths for {len(adapters)} adapters"
-        raise AdapterLabError("The strengths do not fit", found=found, expected="one for each")
     outcome = bake(
-        model, args.out, list(zip(adapters, strengths, strict=True)), dtype=args.dtype,
+        model, args.out, base.weighed(adapters, args.strengths), dtype=args.dtype,
         precision=args.precision, quantised=args.quantised, architecture=args.architecture,
         overwrite=args.overwrite, tick=tick,
     )  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from ..errors import AdapterLabError
 from ..merge.menus import DTYPES, RULES
 from ..merge.modules import Tick
-from ..merge.outcome import Outcome
 from ..merge.ranks import RankRule
 
 SUFFIX = ".safetensors"
@@ -38,6 +37,18 @@ class Result:
 
     text: str
     data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+class Told(Protocol):
+    """What a job has to say of its result."""
+
+    def to_text(self) -> str:
+        """For people."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain types."""
+        ...
 
 
 class Tool(Protocol):
@@ -132,6 +143,17 @@ def one(pattern: str) -> str:
     return found[0]
 
 
+def weighed(adapters: Sequence[str], strengths: Sequence[float] | None) -> list[tuple[str, float]]:
+    """(path, strength) of each adapter. Raises ``AdapterLabError`` where their numbers differ."""
+    given = list(strengths or [1.0] * len(adapters))
+    if len(given) == 1 and adapters:
+        given *= len(adapters)
+    if len(given) != len(adapters):
+        found = f"{len(given)} strengths for {len(adapters)} adapters"
+        raise AdapterLabError("The strengths do not fit", found=found, expected="one for each")
+    return list(zip(adapters, given, strict=True))
+
+
 def check_out(args: Namespace, inputs: Iterable[str]) -> None:
     """Refuse what can't be written before the work is done.
 
@@ -154,7 +176,7 @@ def check_out(args: Namespace, inputs: Iterable[str]) -> None:
 
 
 def written(
-    args: Namespace, inputs: Sequence[str], outcome: Outcome, metadata: Mapping[str, str]
+    args: Namespace, inputs: Sequence[str], outcome: Told, metadata: Mapping[str, str]
 ) -> Result:
     """What is said of a file written: the outcome, the paths and its metadata."""
     data = {"inputs": list(inputs), "out": args.out, "metadata": dict(metadata)}

@@ -16,7 +16,7 @@ from ..errors import AdapterLabError
 from ..files import is_finite
 from ..header import layout
 from ..lazy import AdapterFile
-from ..quant.stored import read_weight
+from ..stored import read_weight
 from ..streams import PathLike, Reader, write_stream
 from .bake_plan import Part, Plan
 from .bake_report import metadata_of, tell_whole
@@ -57,7 +57,7 @@ def bake(
             ``dtype`` can't hold; all that :func:`.streams.write_stream` raises.
     """
     given = _checked(adapters, dtype=dtype, precision=precision, quantised=quantised)
-    _refuse_inputs(src, dst, given)
+    refuse_inputs(src, dst, given)
     outcome = Outcome()
     with ExitStack() as stack, torch.no_grad():
         reader = stack.enter_context(Reader(src))
@@ -69,7 +69,7 @@ def bake(
         plan.settle(quantised == "dequantise")
         infos = plan.infos()
         metadata = metadata_of(plan.metadata, plan.told, reader.path, os.fspath(dst))
-        tensors = _Work(plan, PRECISIONS[precision]).tensors(list(layout(infos)), tick)
+        tensors = Work(plan, PRECISIONS[precision]).tensors(list(layout(infos)), tick)
         write_stream(dst, infos, tensors, metadata, hashes=False, overwrite=overwrite)
     sizes = (reader.header.size, os.path.getsize(dst))
     parts = (part.entry.part for group in plan.parts.values() for part in group)
@@ -87,9 +87,7 @@ def _checked(adapters: Sequence[Given], **settings: str) -> list[Given]:
             raise AdapterLabError(f"Unknown {name} '{value}'", expected=expected)
     if not adapters:
         raise AdapterLabError("There is no adapter to bake")
-    strange = [s for _, s in adapters if not math.isfinite(s)]
-    if strange:
-        raise AdapterLabError("A strength is not a number", found=str(strange[0]))
+    require_strengths(adapters)
     given = [(adapter, strength) for adapter, strength in adapters if strength]
     if not given:
         raise AdapterLabError(
@@ -98,19 +96,37 @@ def _checked(adapters: Sequence[Given], **settings: str) -> list[Given]:
     return given
 
 
-def _refuse_inputs(src: PathLike, dst: PathLike, given: Sequence[Given]) -> None:
+def require_strengths(given: Sequence[Given]) -> None:
+    """Raises ``AdapterLabError`` where a strength is NaN or infinite."""
+    strange = [strength for _, strength in given if not math.isfinite(strength)]
+    if strange:
+        raise AdapterLabError("A strength is not a number", found=str(strange[0]))
+
+
+def refuse_inputs(src: PathLike, dst: PathLike, given: Sequence[Given]) -> None:
+    """Raises ``AdapterLabError`` where ``dst`` is ``src`` or an adapter, under whatever name."""
     paths = [src, *(a for a, _ in given if not isinstance(a, Mapping))]
     paths += [a.path for a, _ in given if isinstance(a, AdapterFile)]
-    if any(os.path.realpath(dst) == os.path.realpath(path) for path in paths):
+    if any(_is_same(dst, path) for path in paths):
         raise AdapterLabError(f"'{os.fspath(dst)}' is an input", fix="Choose another name.")
 
 
+def _is_same(one: PathLike, other: PathLike) -> bool:
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 @dataclass(frozen=True)
-class _Work:
-    """The tensors of a result as they are made."""
+class Work:
+    """The tensors of a result as they are made.
+
+    Args:
+        precision: what a weight is rounded to before the first adapter and after each.
+    """
 
     plan: Plan
-    precision: torch.dtype
+    precision: torch.dtype = torch.float32
 
     def tensors(self, keys: Sequence[str], tick: Tick) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) in this order."""
@@ -119,24 +135,30 @@ class _Work:
         done = 0.0
         for count, key in enumerate(keys):
             tick(count, len(keys), f"{done:.0f} of {total:.0f} MB: {key}")
-            yield key, self._made(key)
+            yield key, self.made(key)
             done += (infos[key].end - infos[key].start) / 1e6
 
-    def _made(self, key: str) -> Tensor:
-        plan = self.plan
-        saved, parts = plan.saved(key), plan.parts.get(key, [])
-        if not parts and key not in plan.plain and plan.own(key) == saved:
-            return plan.reader.tensor(key)
-        weight = self._read(key)
-        if parts:
-            weight = self._rounded(weight)
-        for part in parts:
-            weight = self._rounded(self._merged(weight, part))
+    def made(self, key: str) -> Tensor:
+        """The tensor ``key`` as it is saved."""
+        plan, saved = self.plan, self.plan.saved(key)
+        weight = self.weight(key)
+        if plan.is_copied(key):
+            return weight
         result = weight.to(saved)
         del weight
         if not is_finite(result):
-            raise self._strange(key, saved)
+            raise self.strange(key)
         return result
+
+    def weight(self, key: str) -> Tensor:
+        """The same before it is saved: float32 where it is changed, else as the file has it."""
+        plan = self.plan
+        if key not in plan.parts and key not in plan.plain:
+            return plan.reader.tensor(key)
+        weight = self._read(key)
+        for part in plan.parts.get(key, ()):
+            weight = self._rounded(self._merged(self._rounded(weight), part))
+        return weight
 
     def _merged(self, weight: Tensor, part: Part) -> Tensor:
         """``weight`` with one part in it: in its memory, or larger."""
@@ -167,12 +189,16 @@ class _Work:
         exact = self.precision == torch.float32
         return weight if exact else weight.to(self.precision).to(weight.dtype)
 
-    def _strange(self, key: str, saved: torch.dtype) -> AdapterLabError:
+    def strange(self, key: str) -> AdapterLabError:
         """Why the tensor made of ``key`` holds what is no number."""
-        if is_finite(self._read(key)):
-            failed = f"'{key}' does not fit into {str(saved).removeprefix('torch.')}"
-            return AdapterLabError(failed, fix="Choose another dtype.")
-        return AdapterLabError(
-            f"'{self.plan.reader.path}' is damaged", found=f"NaN or infinity in '{key}'",
-            fix="Use another copy of it.",
-        )  # fmt: skip
+        saved = str(self.plan.saved(key)).removeprefix("torch.")
+        if not is_finite(self._read(key)):
+            return AdapterLabError(
+                f"'{self.plan.reader.path}' is damaged", found=f"NaN or infinity in '{key}'",
+                fix="Use another copy of it.",
+            )  # fmt: skip
+        if not is_finite(self.weight(key)):
+            failed = f"The adapters make '{key}' larger than any number"
+            return AdapterLabError(failed, fix="Choose smaller strengths.")
+        failed = f"'{key}' does not fit into {saved}"
+        return AdapterLabError(failed, fix="Choose another dtype, or smaller strengths.")

@@ -19,9 +19,9 @@ from ..header import DTYPES
 from ..keys import Entry, ModelIndex, resolve
 from ..keys.shared import LAMBDA_D, complete
 from ..lazy import AdapterFile
-from ..quant.stored import Stored, dequantised, helpers, stored
+from ..stored import Stored, dequantised, helpers, stored
 from ..streams import Reader
-from .bake_report import tell_matches
+from .bake_report import QUANTISED, tell_matches
 from .model_names import Place, places
 from .modules import Source
 from .outcome import Outcome
@@ -82,7 +82,7 @@ class Plan:
         self.coded = {key: how for key, (_, how) in ours.items() if how}
         self.shapes = {key: how.shape if how else info.shape for key, (info, how) in ours.items()}
         self.places = places(self.shapes)
-        self._index = ModelIndex({name: place.shape for name, place in self.places.items()})
+        self.index = ModelIndex({name: place.shape for name, place in self.places.items()})
 
     def add(self, adapter: Mapping[str, Tensor], strength: float, architecture: str | None) -> None:
         """One adapter more; raises where nothing of it fits."""
@@ -90,7 +90,7 @@ class Plan:
         known = source.adapter
         shell = known.shell() if isinstance(known, AdapterFile) else known
         spec = ARCHITECTURES[architecture] if architecture else None
-        entries, report = resolve(shell, self._index, spec)
+        entries, report = resolve(shell, self.index, spec)
         if not report.matched:
             raise report.error()
         if any(LAMBDA_D in stem.tensors for stem in source.stems.values()):
@@ -125,14 +125,29 @@ class Plan:
                 fix="Bake into the unquantised model, or choose 'dequantise'.",
             )
         if dequantise:
-            self.plain = self.coded if self.dtype else changed
-        self._gone, self.metadata = dequantised(self.reader.header, self.plain)
+            self.dequantise(self.coded if self.dtype else changed)
         self._warn()
+
+    def dequantise(self, coded: dict[str, Stored]) -> None:
+        """Make plain numbers of these weights."""
+        self.plain = coded
+        self._gone, self.metadata = dequantised(self.reader.header, coded)
+        if coded and len(coded) == len(self.coded):
+            self.metadata.pop(QUANTISED, None)
 
     def infos(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of every tensor of the result."""
         keys = (key for key in self.reader.header.tensors if key not in self._gone)
-        return {key: (self.saved(key), self._size(key)) for key in keys}
+        return {key: self.infos_of(key) for key in keys}
+
+    def infos_of(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of one tensor of the result."""
+        return self.saved(key), self._size(key)
+
+    def is_copied(self, key: str) -> bool:
+        """Whether a tensor is saved as it is."""
+        changed = key in self.parts or key in self.plain
+        return not changed and self.saved(key) == self.own(key)
 
     def own(self, key: str) -> torch.dtype:
         """What a tensor is in now."""

@@ -18,6 +18,7 @@ from .model_names import Place
 from .outcome import Outcome, Row, mebibytes
 
 ADAPTERS = "adapter_lab.baked"  # JSON: [{"name", "strength"}]
+QUANTISED = "adapter_lab.quantised"  # JSON: {"format", "source": {"name", "sha256"}}
 # True of the file that it was, not of this one.
 _STALE = ("modelspec.hash_sha256", "modelspec.date", "modelspec.thumbnail", *PLACEHOLDERS)
 

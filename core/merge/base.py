@@ -12,7 +12,7 @@ from ..files import Adapter
 from ..header import DTYPES
 from ..keys import Entry, ModelIndex, resolve
 from ..keys.stems import Stem
-from ..quant.stored import helpers, read_weight, stored
+from ..stored import helpers, read_weight, stored
 from ..streams import PathLike, Reader
 
 Weights = Mapping[str, Tensor]

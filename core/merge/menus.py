@@ -24,3 +24,5 @@ INEXACT: tuple[Inexact, ...] = ("svd", "keep", "error")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = {"keep": None, **PRECISIONS}  # of results
 QUANTISED = ("refuse", "dequantise")
+# Names of ``core.quant.formats``, whose order a menu has.
+NUMBERS = ("fp8_e4m3", "int8_row", "int8_convrot", "mxfp8", "nvfp4")

@@ -17,7 +17,7 @@ from ..header import DTYPES
 from ..keys import ModelIndex
 from ..keys.base import ANY_ENCODER, OTHER
 from ..keys.encoders import locate
-from ..quant.stored import helpers, read_weight, stored
+from ..stored import helpers, read_weight, stored
 from ..streams import PathLike, Reader, raw
 from ..tensors import length
 from .model_names import Place, places

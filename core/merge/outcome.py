@@ -55,8 +55,8 @@ class Outcome:
         """Verdict, warnings, facts, then the modules with the largest errors first."""
         lines = [self.summary, *(f"{name}: {value}" for name, value in self.facts)]
         worst = sorted(self.rows.items(), key=lambda item: -(item[1].error or 0.0))
-        lines += _some(_line(name, row) for name, row in worst)
-        lines += _some(f"left out: {name}: {why}" for name, why in self.left_out.items())
+        lines += shortened(_line(name, row) for name, row in worst)
+        lines += shortened(f"left out: {name}: {why}" for name, why in self.left_out.items())
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,7 +87,8 @@ def _line(name: str, row: Row) -> str:
     return f"{name}: {row.made}{rank}{error}{', ' + row.note if row.note else ''}"
 
 
-def _some(lines: Iterable[str]) -> list[str]:
+def shortened(lines: Iterable[str]) -> list[str]:
+    """The first lines, and how many more there are."""
     found = list(lines)
     more = len(found) - _SHOWN
     return [*found[:_SHOWN], f"... and {more} more"] if more > 1 else found

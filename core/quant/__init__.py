@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from .write import quantize_file
+from .job import Settings
+from .report import Layer, Report
+from .source import Quantised
+from .write import quantize, quantize_file
 
-__all__ = ["quantize_file"]
+__all__ = ["Layer", "Quantised", "Report", "Settings", "quantize", "quantize_file"]

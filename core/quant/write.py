@@ -2,173 +2,123 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from ..archs import ARCHITECTURES, ArchSpec
+from ..atomic import telling
 from ..errors import AdapterLabError
-from ..files import is_finite
-from ..header import DTYPES, Header
-from ..keys.index import ModelIndex
+from ..merge.bake import Given, refuse_inputs
+from ..merge.bake_report import QUANTISED, metadata_of
 from ..merge.modules import Tick, quiet
-from ..merge.outcome import Outcome, Row, mebibytes
+from ..merge.outcome import counted
 from ..streams import PathLike, Reader, write_stream
-from ..train.patterns import Pattern, pattern
-from .formats import FORMATS, MARKER, Format
-from .stored import METADATA, helpers, is_quantised
+from .job import Job, Settings
+from .report import Report
+from .sha256 import FileHash
+from .verify import Sums, verify
 
-_HALF = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CPU = torch.device("cpu")
+_STALE = ("modelspec.hash_sha256", "modelspec.unet_dtype")  # no longer true
 
 
 def quantize_file(
     src: PathLike, dst: PathLike, *, format: str = "fp8_e4m3", architecture: str | None = None,
-    keep: Iterable[str] = (), overwrite: bool = False, tick: Tick = quiet,
-) -> Outcome:  # fmt: skip
+    keep: Iterable[str] = (), adapters: Sequence[Given] = (), worst: int = 0, most: float = 0.0,
+    full_precision: bool = False, device: torch.device = _CPU, overwrite: bool = False,
+    tick: Tick = quiet,
+) -> Report:  # fmt: skip
     """Quantise the linear layers of a diffusion model's file, tensor by tensor.
 
     All else is copied: norms, biases, embeddings, convolutions, the other parts of a checkpoint,
-    and the layers that the architecture lists as losing too much.
+    and the layers that the architecture lists as losing too much. What was written is read back
+    before it takes the place of ``dst``.
 
     Args:
-        format: a name of ``formats.FORMATS``. architecture: of ``archs.ARCHITECTURES``; by default
-            the one that the file's names and shapes tell.
-        keep: regexes (full match on a layer's path) of further layers to copy.
-
-    Returns:
-        An outcome with a row and the relative error for each quantised layer; left out are the
-        linear layers that were copied.
+        src, dst: paths of model files (diffusion models or whole checkpoints).
+        format, architecture, keep, adapters, worst, most, full_precision, device: as
+            :class:`Settings`.
+        tick: called before each tensor that is measured, quantised or read back; what it raises
+            ends the job and leaves no file.
 
     Raises:
-        AdapterLabError: unknown architecture or format, a bad regex, a file that is quantised
-            already, no layer to quantise, NaN or infinity in a weight, all that
-            :func:`.streams.write_stream` raises.
+        AdapterLabError: all that :class:`Settings` and :class:`Job` raise, ``dst`` equal to an
+            input or there already, a source that changes meanwhile, a file that does not read
+            back as it was written, all that :func:`.streams.write_stream` raises.
     """
-    form, patterns = FORMATS[format], [pattern(text) for text in keep]
-    if os.path.realpath(src) == os.path.realpath(dst):
-        raise AdapterLabError(f"'{os.fspath(dst)}' is the input", fix="Choose another name.")
-    with Reader(src) as reader:
-        plan = _Plan.of(reader, form, architecture, patterns)
-        outcome = Outcome(left_out=plan.kept)
-        infos = plan.infos(reader.header)
-        tensors = _tensors(reader, plan, outcome, tick)
-        write_stream(dst, infos, tensors, reader.header.metadata, hashes=False, overwrite=overwrite)
-        before = reader.header.size
-    after = os.path.getsize(dst)
-    sizes = mebibytes(before, after)
-    outcome.verdict = f"{plan.spec.title}: {len(outcome.rows)} layers to {form.title}, {sizes}"
-    outcome.facts = [("kept in high precision", f"{len(plan.kept)} linear layers")]
-    return outcome
+    patterns = [keep] if isinstance(keep, str) else tuple(keep)
+    settings = Settings(
+        format, architecture, patterns, adapters, worst, most, full_precision, device
+    )
+    refuse_inputs(src, dst, adapters)
+    subject = f"Cannot write '{os.fspath(dst)}'"
+    if not overwrite and os.path.exists(dst):  # before everything is measured
+        raise AdapterLabError(f"{subject}: it exists already", fix="Choose another name.")
+    with _job(src, settings, tick) as job, FileHash(job.reader) as source:
+        sums = Sums()
 
+        def closing(path: str) -> dict[str, str]:
+            with telling(subject):
+                verify(path, job, sums, tick)
+            return _metadata(job, dst, source.hex())
 
-@dataclass(frozen=True)
-class _Plan:
-    """What becomes of a file: name of a weight -> path of its layer, for those to quantise."""
-
-    spec: ArchSpec
-    form: Format
-    chosen: Mapping[str, str]
-    kept: dict[str, str]
-
-    @staticmethod
-    def of(
-        reader: Reader, form: Format, architecture: str | None, patterns: list[Pattern]
-    ) -> _Plan:
-        header = reader.header
-        _refuse_quantised(reader.path, header)
-        index = ModelIndex({name: info.shape for name, info in header.tensors.items()})
-        spec = ARCHITECTURES[architecture] if architecture else index.architecture
-        if spec is None:
-            raise AdapterLabError(
-                f"'{reader.path}' is of no known architecture, so what it can't lose is unknown",
-                fix="Name the architecture it is like.",
-            )
-        chosen: dict[str, str] = {}
-        kept: dict[str, str] = {}
-        for path, module in index.part("model").items():
-            name = module.key
-            info = header.tensors[name]
-            if len(info.shape) != 2 or not name.endswith(".weight"):
-                continue
-            if reason := _why_kept(path, info.shape, DTYPES[info.dtype], spec, form, patterns):
-                kept[path] = reason
-            else:
-                chosen[name] = path
-        if not chosen:
-            raise AdapterLabError(
-                f"'{reader.path}' has no layer to quantise",
-                found=f"{len(kept)} linear layers, all kept",
-            )
-        return _Plan(spec, form, chosen, kept)
-
-    def infos(self, header: Header) -> dict[str, tuple[torch.dtype | str, tuple[int, ...]]]:
-        """Every tensor of the result."""
-        infos: dict[str, tuple[torch.dtype | str, tuple[int, ...]]] = {}
-        mark = self.form.marker()
-        for name, info in header.tensors.items():
-            if name not in self.chosen:
-                infos[name] = (info.dtype, info.shape)
-                continue
-            layer = name.removesuffix("weight")
-            infos |= {layer + part: info for part, info in self.form.layout(info.shape).items()}
-            infos[layer + MARKER] = (mark.dtype, tuple(mark.shape))
-        return infos
-
-
-def _tensors(
-    reader: Reader, plan: _Plan, outcome: Outcome, tick: Tick
-) -> Iterator[tuple[str, Tensor]]:
-    total = len(reader.header.tensors)
-    for done, name in enumerate(reader.header.tensors):
-        tick(done, total, f"quantising {name}" if name in plan.chosen else f"copying {name}")
-        if name not in plan.chosen:
-            yield name, reader.tensor(name)
-            continue
-        tensor = reader.tensor(name)
-        if not is_finite(tensor):
-            raise AdapterLabError(
-                f"'{reader.path}' is damaged", found=f"NaN or infinity in '{name}'",
-                fix="Use another copy of it.",
-            )  # fmt: skip
-        coded, error = plan.form.encode(tensor)
-        del tensor
-        outcome.rows[plan.chosen[name]] = Row(plan.form.title, error=error)
-        layer = name.removesuffix("weight")
-        for part in list(coded):
-            yield layer + part, coded.pop(part)
-        yield layer + MARKER, plan.form.marker()
-
-
-def _why_kept(
-    path: str, shape: tuple[int, ...], dtype: torch.dtype, spec: ArchSpec, form: Format,
-    patterns: list[Pattern],
-) -> str:  # fmt: skip
-    """Why a linear layer stays as it is; empty where it need not."""
-    if any(asked.fullmatch(path) for asked in patterns):
-        return "as asked"
-    if any(re.fullmatch(listed, path) for listed in spec.keep):
-        return f"{spec.title} is sensitive to it"
-    if not any(True for _ in spec.own.find(path)):
-        return f"no known layer of {spec.title}"
-    if not form.fits(shape):
-        return f"{' x '.join(map(str, shape))} does not fit the format"
-    return "" if dtype in _HALF else f"{dtype} is no plain weight"
-
-
-def _refuse_quantised(path: str, header: Header) -> None:
-    signs = [
-        f"'{name}' in {info.dtype}"
-        for name, info in header.tensors.items()
-        if is_quantised(header, name) or (info.dtype.startswith("F8_") and len(info.shape) > 1)
-    ]
-    signs += sorted(helpers(header))
-    signs += [METADATA] if METADATA in header.metadata else []
-    if signs:
-        raise AdapterLabError(
-            f"'{path}' is quantised already", found=signs[0],
-            fix="Take the original file: the errors of both would add up.",
+        write_stream(
+            dst, job.infos, job.tensors(tick, source.follow),
+            _metadata(job, dst, source.placeholder), hashes=False, overwrite=overwrite,
+            watch=sums.add, closing=closing,
         )  # fmt: skip
+    return job.report
+
+
+def quantize(
+    src: PathLike, settings: Settings, tick: Tick = quiet
+) -> tuple[dict[str, Tensor], dict[str, str], Report]:
+    """The diffusion model that :func:`quantize_file` writes, its metadata and the report.
+
+    The metadata have the name of the source, and not its hash.
+    """
+    with _job(src, settings, tick) as job:
+        state = dict(job.tensors(tick, model_only=True))
+        if others := job.plan.parts.keys() - job.inside:
+            lost = f"{counted(len(others), 'weight')} of the checkpoint's other parts"
+            job.report.warnings.append(
+                f"What the adapters do to {lost} is left out, such as to '{min(others)}': this "
+                "makes the diffusion model only"
+            )
+        return state, _metadata(job, src), job.report
+
+
+@contextmanager
+def _job(src: PathLike, settings: Settings, tick: Tick) -> Generator[Job, None, None]:
+    with ExitStack() as stack, torch.no_grad(), _one_core_left():
+        yield Job(stack.enter_context(Reader(src)), settings, stack, tick)
+
+
+@contextmanager
+def _one_core_left() -> Generator[None, None, None]:
+    """For reading, hashing and writing.
+
+    torch's threads wait for each other actively: where one has no core, all take many times as
+    long.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(max(1, count - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+def _metadata(job: Job, dst: PathLike, digest: str = "") -> dict[str, str]:
+    """Those of the source that are still true, and what the result was made of."""
+    plan, source = job.plan, {"name": os.path.basename(job.reader.path)}
+    made = {key: value for key, value in plan.metadata.items() if key not in _STALE}
+    if plan.told:
+        made = metadata_of(made, plan.told, job.reader.path, os.fspath(dst))
+    if digest:
+        source["sha256"] = digest
+    return {**made, QUANTISED: json.dumps({"format": job.form.id, "source": source})}

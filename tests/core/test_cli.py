@@ -92,8 +92,13 @@ TOOLS = {
             dtype=torch.float16).write(out),
     ),
     "quantize": (
-        ["base.safetensors", "--keep", r".*img_mlp\.\d"],
-        lambda f, out: quantize_file(f / "base.safetensors", out, keep=[r".*img_mlp\.\d"]),
+        ["base.safetensors", "--format", "int8_row", "--keep", r".*img_mlp\.0", "--keep-worst", "1",
+         "--max-error", "50", "--full-precision", "--adapter", "a.safetensors", "--adapter",
+         "b.safetensors", "--strengths", "0.5", "-0.25"],
+        lambda f, out: quantize_file(
+            f / "base.safetensors", out, format="int8_row", keep=[r".*img_mlp\.0"], worst=1,
+            most=0.5, full_precision=True,
+            adapters=[(f / "a.safetensors", 0.5), (f / "b.safetensors", -0.25)]),
     ),
 }  # fmt: skip
 

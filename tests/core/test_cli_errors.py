@@ -195,7 +195,13 @@ def test_rules_patterns_and_names(files, capsys):
     assert "'(' is not a regular expression" in said
     said = refused(capsys, "quantize", "base.safetensors", "--keep", ".*")
     assert "no layer to quantise: found 8 linear layers, all kept" in said
-    assert "no known architecture" in refused(capsys, "quantize", "a.safetensors")
+    assert "is an adapter" in refused(capsys, "quantize", "a.safetensors")
+    said = refused(capsys, "quantize", "base.safetensors", "--max-error", "nan")
+    assert "'max_error' is out of range: found nan, expected 0 or more" in said
+    words = ["base.safetensors", "--adapter", "[ab].safetensors", "--strengths", 1, 2, 3]
+    assert "3 strengths for 2 adapters" in refused(capsys, "quantize", *words)
+    said = refused(capsys, "quantize", "base.safetensors", "--strengths", 2)
+    assert "1 strengths for 0 adapters" in said
     save_file(load_file("a.safetensors"), "untold.safetensors")
     said = refused(capsys, "convert", "untold.safetensors", "--to", "kohya")
     assert "several architectures" in said and "FLUX.1" in said

@@ -22,6 +22,7 @@ ROWS = (
     "adapters keys",
     "forms",
     "archs cache orthogonal tensors lowrank lazy power files spool atomic hashes header metadata "
+    "stored "
     "streams",
     "checks errors registry schedule",
 )

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from adapter_lab.core.errors import AdapterLabError
-from adapter_lab.core.quant.stored import dequantised, helpers, is_quantised, read_weight, stored
+from adapter_lab.core.stored import dequantised, helpers, is_quantised, read_weight, stored
 from adapter_lab.core.streams import Reader, read_header
 from safetensors.torch import save_file
 

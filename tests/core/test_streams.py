@@ -136,6 +136,31 @@ def test_one_tensor_lives_at_a_time(tmp_path):
     assert alive == [0] * 8
 
 
+def test_metadata_that_are_known_when_all_is_written(tmp_path):
+    """Taken from the file itself, before it is in its place."""
+    path, early, hashed = tmp_path / "a.safetensors", {"hash": "0" * 64, "b": "c"}, []
+
+    def closing(written: str) -> dict[str, str]:
+        assert not path.exists()
+        found = load_file(written)
+        assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+        hashed.append(hashlib.sha256(found["up"].numpy().tobytes()).hexdigest())
+        return {"hash": hashed[0]}
+
+    told = write_stream(path, INFOS, TENSORS.items(), early, hashes=False, closing=closing)
+    assert told == read_header(path).metadata == {"hash": hashed[0], "b": "c"}
+    assert load_file(path).keys() == TENSORS.keys()
+    before = path.read_bytes()
+
+    def failing(written: str) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    for wrong, error in ((failing, KeyboardInterrupt), (lambda _: {"hash": "0"}, AdapterLabError)):
+        with pytest.raises(error):
+            write_stream(path, INFOS, TENSORS.items(), early, hashes=False, closing=wrong)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
 def test_views_and_shared_memory(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {

@@ -64,10 +64,17 @@ def tiled(scale: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.reshape(across * 128, down * 4)[:rows, :columns]
 
 
-def rotated(weight: Tensor, size: int) -> Tensor:
-    """W turned back: each ``size`` columns times the regular Hadamard matrix, its own inverse.
+def tiled_up(scale: Tensor) -> Tensor:
+    """Scales (rows, columns), multiples of 128 and 4, in the order that :func:`tiled` reads."""
+    rows, columns = scale.shape
+    tiles = scale.view(torch.uint8).reshape(rows // 128, 4, 32, columns // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns).view(scale.dtype)
 
-    Reference: ConvRot, comfy-kitchen ``tensor/int8_utils.py``.
+
+def rotated(weight: Tensor, size: int) -> Tensor:
+    """W turned, or turned back: each ``size`` columns times the regular Hadamard matrix.
+
+    It is its own inverse. Reference: ConvRot, comfy-kitchen ``tensor/int8_utils.py``.
     """
     if size < 4 or size & (size - 1) or size.bit_length() % 2 == 0 or weight.shape[-1] % size:
         raise AdapterLabError(
@@ -75,7 +82,7 @@ def rotated(weight: Tensor, size: int) -> Tensor:
             found=f"groups of {size} for a weight of {tuple(weight.shape)}",
         )
     groups = weight.reshape(*weight.shape[:-1], -1, size)
-    return (groups @ _hadamard(size)).reshape(weight.shape)
+    return (groups @ _hadamard(size).to(weight.device)).reshape(weight.shape)
 
 
 @lru_cache(4)

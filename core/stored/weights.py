@@ -7,6 +7,7 @@ what files hold; comfy-kitchen, ``tensor/*.py``, for the layouts of its formats.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,7 +23,8 @@ from .layouts import LAYOUTS, PACKED
 
 METADATA = "_quantization_metadata"
 _MARKER, _LEGACY = "comfy_quant", "scaled_fp8"
-_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
+_LEGACY_SCALE = "scale_weight"
+_SCALES = ("weight_scale", _LEGACY_SCALE, "weight_scale_inv")
 # What lies beside a weight and means nothing without it.
 HELPERS = (
     _MARKER, *_SCALES, "weight_scale_2", "input_scale", "scale_input", "pre_quant_scale",
@@ -99,6 +101,30 @@ def stored(reader: Reader, key: str) -> Stored | None:
     return Stored(key, form, shape, beside, options)
 
 
+def runs(header: Header, how: Stored) -> bool:
+    """Whether ComfyUI can run a weight that is stored so: marked, with scales that it takes.
+
+    Reference: ComfyUI 0.30.0, ``_load_quantized_module`` of ``comfy/ops.py``; what its layers do
+    with scales of other shapes was tried.
+    """
+    scale = "weight_scale" if "format" in how.options else _LEGACY_SCALE
+    if not how.known or scale not in how.helpers:
+        return False
+    if scale == _LEGACY_SCALE and not _in_legacy(header, how.key):
+        return False
+    shape = header.tensors[how.helpers[scale]].shape
+    if how.format in _FP8.values():
+        return math.prod(shape) == 1
+    rows = (how.shape[0], 1)
+    return how.format != "int8_tensorwise" or math.prod(shape) == 1 or shape == rows
+
+
+def _in_legacy(header: Header, key: str) -> bool:
+    """Whether a tensor says that ``scale_weight`` beside the weights scales them."""
+    path = key.split(".")
+    return any(".".join([*path[:i], _LEGACY]) in header.tensors for i in range(len(path)))
+
+
 def read_weight(reader: Reader, key: str) -> Tensor:
     """The weight ``key`` of an open file as float32, whatever its dtype or format.
 
@@ -122,7 +148,7 @@ def read_weight(reader: Reader, key: str) -> Tensor:
         weight = LAYOUTS[how.format](reader.tensor(key), scale, beside, how.options)
     except AdapterLabError as error:
         raise error.about(f"'{key}', {how.title}") from error
-    # A layer that divides its inputs by this has the factor in its weight.
+    # What comes into the layer is multiplied by this first.
     smooth = beside.get("pre_quant_scale")
     return weight if smooth is None else weight.mul_(smooth.float())
 
@@ -141,7 +167,9 @@ def dequantised(header: Header, keys: Collection[str]) -> tuple[set[str], dict[s
     marks = [k for k in header.tensors if k == _LEGACY or k.endswith(f".{_LEGACY}")]
     for mark in marks:
         root = mark.removesuffix(_LEGACY)
-        scales = (k for k in header.tensors if k.startswith(root) and k.endswith(".scale_weight"))
+        scales = (
+            k for k in header.tensors if k.startswith(root) and k.endswith(f".{_LEGACY_SCALE}")
+        )
         if all(k in gone for k in scales):
             gone.add(mark)
     metadata = dict(header.metadata)
