@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -130,7 +129,8 @@ class BakeAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_file: str | None, **_: Any) -> Any:
-        return math.nan if model_file is None else paths.stamp(modelfile.find(model_file))
+        # A node that gives the path tells itself when its file is another one.
+        return None if model_file is None else paths.stamp(modelfile.find(model_file))
 
     @classmethod
     def execute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -119,9 +118,9 @@ class ExtractAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, base_model: str | None, tuned_model: str | None, **_: Any) -> Any:
-        if base_model is None or tuned_model is None:
-            return math.nan
-        return [paths.stamp(modelfile.find(name)) for name in (base_model, tuned_model)]
+        # A node that gives a path tells itself when its file is another one.
+        names = filter(None, (base_model, tuned_model))
+        return [paths.stamp(modelfile.find(name)) for name in names]
 
     @classmethod
     def execute(

@@ -55,6 +55,10 @@ CONTRACT = {
     "AdapterLabEMA": "run checkpoints profile sigma_rel beta beta2 order first last products",
     "AdapterLabBake": "model_file adapter strength filename_prefix dtype quantised precision "
     "architecture more_adapters more_strengths",
+    "AdapterLabQuantLoader": "unet_name format keep strength adapter keep_worst max_error "
+    "full_precision architecture",
+    "AdapterLabQuantize": "unet_name format keep filename_prefix keep_worst max_error "
+    "full_precision architecture adapter strength",
     "AdapterLabMerge": "adapters ratios method rank conv_rank max_error density majority seed "
     "dtype model clip",
     "AdapterLabExtract": "base_model tuned_model algorithm rank rule parameter conv_rank factor "
@@ -80,6 +84,8 @@ OUTPUTS = {
     "AdapterLabRun": "TRAIN_RUN LORA_MODEL STRING",
     "AdapterLabEMA": "LORA_MODEL STRING IMAGE",
     "AdapterLabBake": "STRING STRING",
+    "AdapterLabQuantLoader": "MODEL STRING",
+    "AdapterLabQuantize": "STRING STRING IMAGE",
     "AdapterLabMerge": "LORA_MODEL STRING",
     "AdapterLabExtract": "LORA_MODEL STRING",
     "AdapterLabResize": "LORA_MODEL STRING",
@@ -302,6 +308,10 @@ def test_baking_in_the_graph(server):
     both = server.run(prompt(read, again, loader, ("AdapterLabInspect", {
         "adapter": ["0", 0], "model": ["2", 0]})))  # fmt: skip
     assert both.ok, both.errors
+    linked = {**given, "model_file": ["1", 0], "filename_prefix": "linked"}
+    for _ in range(2):  # nothing has changed before the second
+        assert server.run(prompt(read, again, ("AdapterLabBake", linked))).ok
+    assert len(list((server.base / "output" / "diffusion_models").glob("linked_*"))) == 1
     bad = server.run(prompt(read, ("AdapterLabBake", {**given, "more_strengths": "1, 2"})))
     assert "2 strengths for 1 adapters" in message(bad)
 
