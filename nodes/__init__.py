@@ -20,6 +20,7 @@ from . import (
     objective,
     optimizer,
     preview,
+    quantize,
     resize,
     run,
     save,
@@ -40,6 +41,6 @@ class AdapterLabExtension(ComfyExtension):
         modules = (
             load, inspect, save, dataset, folder, configure, targets, optimizer, objective,
             preview, train, run, ema, merge, bake, extract, resize, magcache,
-            magcache_plan, demo,
+            magcache_plan, quantize, demo,
         )  # fmt: skip
         return [node for module in modules for node in module.NODES]

@@ -22,9 +22,11 @@ TrainPreviewType = io.Custom("TRAIN_PREVIEW")
 TrainRunType = io.Custom("TRAIN_RUN")
 
 
-def strength_input(name: str, tooltip: str) -> io.Input:
-    """A strength widget."""
-    return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip)
+def strength_input(name: str, tooltip: str, **options: Any) -> io.Input:
+    """A strength widget; ``options`` of any Float."""
+    return io.Float.Input(
+        name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip, **options
+    )
 
 
 def adapter_input(tooltip: str) -> io.Input:

@@ -19,7 +19,7 @@ from adapter_lab.core.bake import merge_into
 from adapter_lab.core.errors import AdapterLabError
 from adapter_lab.core.files import Adapter, read_adapter, read_header, write_adapter
 from adapter_lab.core.merge.bake import bake
-from adapter_lab.core.quant.stored import read_weight, stored
+from adapter_lab.core.stored import read_weight, stored
 from adapter_lab.core.streams import Reader
 from adapter_lab.nodes.bake import BakeAdapter
 from adapter_lab.nodes.host import model as host

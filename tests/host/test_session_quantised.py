@@ -8,37 +8,49 @@ import samples
 import sessions
 import tiny
 import torch
+from adapter_lab.core.merge.modules import quiet
+from adapter_lab.core.quant import Settings
+from adapter_lab.core.quant.formats import FORMATS
 from adapter_lab.nodes.host.frozen import HostLayer
 from adapter_lab.nodes.host.layers import quantised
 from adapter_lab.nodes.host.process import HostProcess
+from adapter_lab.nodes.host.quantised import load as load_quantised
 from adapter_lab.nodes.host.session import Session, layers
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 QKV = "double_blocks.0.img_attn.qkv"
 CPU = torch.device("cpu")
+# Of ours what ComfyUI's own quantiser of models does not make: scales of rows, a rotation.
+OURS = ("int8_row", "int8_convrot")
 
 
 @pytest.fixture
 def pair(checkpoints, tmp_path):
-    """Format -> (Flux in that format, the same with the dequantised weights, loaded plain)."""
+    """Format -> (Flux in that format, the same with the dequantised weights, loaded plain).
+
+    A format of ComfyUI in a file that its own quantiser made, one of ours from our loader.
+    """
 
     def make(form):
         source = checkpoints("flux")
         with torch.inference_mode():
-            file = tiny.quantise(source, tmp_path / f"{form}.safetensors", form)
-            low = comfy.sd.load_diffusion_model(str(file))
+            if form in FORMATS:
+                low = load_quantised(source, Settings(form), quiet)[0]
+            else:
+                file = tiny.quantise(source, tmp_path / f"{form}.safetensors", form)
+                low = comfy.sd.load_diffusion_model(str(file))
             plain = comfy.sd.load_diffusion_model(str(source))
-        table = layers(plain)
+        table, native = layers(plain), FORMATS[form].native if form in FORMATS else form
         for name, module in layers(low).items():
             if isinstance(module.weight, QuantizedTensor):
-                assert quantised(module) == form
+                assert quantised(module) == native
                 table[name].weight = torch.nn.Parameter(module.weight.dequantize(), False)
         return low, plain
 
     return make
 
 
-@pytest.mark.parametrize("form", QUANT_ALGOS)
+@pytest.mark.parametrize("form", [*QUANT_ALGOS, *OURS])
 def test_gradient_of_a_layer_is_that_of_its_dequantised_weight(pair, form):
     low, plain = pair(form)
     layer = HostLayer(layers(low)[QKV], CPU)
@@ -67,7 +79,7 @@ def test_gradients_are_those_of_the_dequantised_model(pair, form, options):
     sessions.check_same(found[1], expected[1], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["int8_tensorwise", "convrot_w4a4"])
+@pytest.mark.parametrize("form", ["int8_tensorwise", "convrot_w4a4", *OURS])
 def test_formats_that_round_activations_still_lead_downhill(pair, form):
     low, plain = pair(form)
     made = sessions.adapters(plain)
@@ -91,7 +103,7 @@ def weights_kept(model, made, kind="flux"):
     return sum(t.nbytes for t in new)
 
 
-@pytest.mark.parametrize("form", ["float8_e4m3fn", "int8_tensorwise"])
+@pytest.mark.parametrize("form", ["float8_e4m3fn", "int8_tensorwise", "int8_convrot"])
 def test_no_dequantised_weight_waits_for_the_backward_pass(pair, form):
     low, _ = pair(form)
     assert weights_kept(low, sessions.adapters(low)) == 0
@@ -150,8 +162,9 @@ def test_layers_of_loaders_with_formats_of_their_own(load):
         sessions.check_same(found[1], expected[1], rtol=1e-3, atol=1e-5)
 
 
-def test_the_quantised_model_is_as_before(pair):
-    low, _ = pair("float8_e4m3fn")
+@pytest.mark.parametrize("form", ["float8_e4m3fn", "int8_convrot"])
+def test_the_quantised_model_is_as_before(pair, form):
+    low, _ = pair(form)
     with torch.inference_mode():
         before = samples.run(low, "flux")
     weight = layers(low)[QKV].weight

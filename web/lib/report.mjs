@@ -6,6 +6,7 @@ import { curve } from "./curve.mjs";
 import { element } from "./dom.mjs";
 import { outcome } from "./outcome.mjs";
 import { pictures } from "./pictures.mjs";
+import { quantised } from "./quantised.mjs";
 import { rates } from "./rates.mjs";
 import { strip } from "./strip.mjs";
 import { table } from "./table.mjs";
@@ -20,6 +21,8 @@ import { table } from "./table.mjs";
  * @property {string[]} [warnings]
  * @property {Record<string, import("./outcome.mjs").Made>} [rows] what a tool made, by name
  * @property {Record<string, string>} [left_out] name -> why it is not in the result
+ * @property {Record<string, import("./quantised.mjs").Layer>} [layers] of a model that was quantised
+ * @property {Record<string, string>} [kept] linear layer -> why it stayed as it is
  * @property {[number, number][]} [schedule] (sampling progress, strength)
  * @property {[string, string][]} [facts] (name, value)
  * @property {Record<string, string>} [metadata] of the file
@@ -62,9 +65,9 @@ export function verdict(text, state, tag = "div") {
 }
 
 /** @param {Report} report */
-function kind({ matched, unmatched, warnings, rows, runs }) {
+function kind({ matched, unmatched, warnings, rows, layers, runs }) {
   if (runs) return runs.every(({ skipped, stopped }) => skipped && !stopped) ? "all" : "partly";
-  if (rows) return warnings?.length ? "partly" : "all";
+  if (rows ?? layers) return warnings?.length ? "partly" : "all";
   if (!matched) return "plain";
   if (!Object.keys(matched).length) return "failed";
   return Object.keys(unmatched ?? {}).length || warnings?.length ? "partly" : "all";
@@ -94,6 +97,9 @@ function* details(report, first, view) {
   if (drawn) yield drawn;
   if (report.schedule?.length) yield curve(report.schedule);
   if (report.matched) yield table(report, view);
+  if (Object.keys({ ...report.layers, ...report.kept }).length) {
+    yield quantised(report.layers, report.kept, view);
+  }
   const leftOut = report.left_out ?? {};
   const made = { ...report.rows };
   if (Object.keys({ ...made, ...leftOut }).length) yield outcome(made, leftOut, view);
