@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from musubi_tuner import convert_lora, lora_post_hoc_ema
+from musubi_tuner.modules.fp8_optimization_utils import load_safetensors_with_fp8_optimization
+from musubi_tuner.utils.safetensors_utils import mem_eff_save_file
 
 
 def start() -> None:
@@ -16,3 +18,12 @@ def ema(paths: list[str], out: str) -> None:
 def convert(path: str, out: str, form: str) -> None:
     target = {"diffusers": "other"}[form]
     convert_lora.convert(path, out, target, "transformer")
+
+
+def quantize(model: str, out: str, form: str) -> None:
+    """Its nearest to ours: fp8 with one scale, and with one a row. Then saved by its own writer."""
+    mode = {"fp8_e4m3": "tensor", "int8_row": "channel", "int8_convrot": "channel"}[form]
+    state = load_safetensors_with_fp8_optimization(
+        [model], "cpu", ["blocks"], ["norm", "head"], quantization_mode=mode
+    )
+    mem_eff_save_file(state, out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+from adapter_lab.core.streams import stream, write_stream
 from safetensors.torch import load_file, save_file
 
 
@@ -29,3 +31,14 @@ def bake(model: str, adapter: str, out: str) -> None:
             scale = float(lora[f"{stem}.alpha"]) / len(down)
             weights[key] = (weights[key].float() + scale * (up @ down)).to(weights[key].dtype)
     save_file(weights, out)
+
+
+def quantize(model: str, out: str, form: str) -> None:
+    """Read each weight, cast it to 8 bits without a scale, write it: what ``form`` costs at least.
+
+    It goes to the disk before the file has its name, as ours does.
+    """
+    del form
+    cast = torch.float8_e4m3fn
+    infos = {name: (cast, tuple(tensor.shape)) for name, tensor in stream(model)}
+    write_stream(out, infos, ((n, t.to(cast)) for n, t in stream(model)), hashes=False)

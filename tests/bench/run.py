@@ -32,6 +32,9 @@ def main(names: list[str]) -> int:
     import loop
     import matching
     import merging
+    import quant_loading
+    import quant_table
+    import quantising
     import steps
     import training
     import workbench
@@ -41,12 +44,14 @@ def main(names: list[str]) -> int:
     benches = {
         **training.BENCHES, **loading.BENCHES, **merging.BENCHES, **matching.BENCHES,
         **steps.BENCHES, **loop.BENCHES, **workbench.BENCHES, **importing.BENCHES,
-        **caching.BENCHES, **caching_costs.BENCHES,
+        **caching.BENCHES, **caching_costs.BENCHES, **quantising.BENCHES, **quant_table.BENCHES,
+        **quant_loading.BENCHES,
     }  # fmt: skip
     if unknown := set(names) - set(benches):
         sys.stderr.write(f"No bench {', '.join(unknown)}; there are {', '.join(benches)}\n")
         return 2
-    for name in names or [name for name in benches if name not in workbench.LONG | caching.LONG]:
+    long = workbench.LONG | caching.LONG | quant_loading.LONG
+    for name in names or [name for name in benches if name not in long]:
         try:
             benches[name](lambda *args, name=name: measure(name, *args))
         except Missing as missing:

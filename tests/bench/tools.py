@@ -47,5 +47,5 @@ def bake(model: str, adapter: str, out: str) -> None:
     baking.bake(model, out, [(adapter, 1.0)], overwrite=True)
 
 
-def quantize(model: str, out: str) -> None:
-    quantize_file(model, out, architecture="wan", overwrite=True)
+def quantize(model: str, out: str, form: str = "fp8_e4m3") -> None:
+    quantize_file(model, out, format=form, architecture="wan", overwrite=True)

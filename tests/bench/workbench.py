@@ -30,7 +30,7 @@ def _sd_scripts() -> Child:
 
 
 @cache
-def _musubi() -> Child:
+def musubi() -> Child:
     return Child("musubi", _checkout("BENCH_MUSUBI") / "src")
 
 
@@ -40,7 +40,7 @@ def _checkout(variable: str) -> Path:
     return Path(os.environ[variable]).resolve()
 
 
-def _plain() -> Child:
+def plain() -> Child:
     return PLAIN
 
 
@@ -142,14 +142,14 @@ EXTRACTS = {
                             _layer(*size), _layer(64, 96), 3 if name == "1280" else 1)
     for name, size in SIZES.items()
 }  # fmt: skip
-EMA = Case("ema", _musubi, "musubi-tuner lora_post_hoc_ema", _averaged, FLUX, SMALL)
+EMA = Case("ema", musubi, "musubi-tuner lora_post_hoc_ema", _averaged, FLUX, SMALL)
 SVD = Case("merge", _sd_scripts, "sd-scripts svd_merge_lora",
            partial(_merged, "svd", RANK), WAN, TINY, 3)  # fmt: skip
 CONCAT = Case("merge", _sd_scripts, "sd-scripts merge_lora --concat",
               partial(_merged, "concatenate", 2 * RANK), WAN, TINY)  # fmt: skip
 RESIZE = Case("resize", _sd_scripts, "sd-scripts resize_lora", _resized, WAN, TINY, 3)
-CONVERT = Case("convert", _musubi, "musubi-tuner convert_lora", _converted, FLUX, SMALL)
-BAKE = Case("bake", _plain, "load all, add, save", _baked, attention(8, 2048), TINY)
+CONVERT = Case("convert", musubi, "musubi-tuner convert_lora", _converted, FLUX, SMALL)
+BAKE = Case("bake", plain, "load all, add, save", _baked, attention(8, 2048), TINY)
 
 
 def _bytes(measure: Measure) -> None:
