@@ -58,7 +58,7 @@ def quantize_file(
     subject = f"Cannot write '{os.fspath(dst)}'"
     if not overwrite and os.path.exists(dst):  # before everything is measured
         raise AdapterLabError(f"{subject}: it exists already", fix="Choose another name.")
-    with _job(src, settings, tick) as job, FileHash(job.reader) as source:
+    with _one_core_left(), _job(src, settings, tick) as job, FileHash(job.reader) as source:
         sums = Sums()
 
         def closing(path: str) -> dict[str, str]:
@@ -94,7 +94,7 @@ def quantize(
 
 @contextmanager
 def _job(src: PathLike, settings: Settings, tick: Tick) -> Generator[Job, None, None]:
-    with ExitStack() as stack, torch.no_grad(), _one_core_left():
+    with ExitStack() as stack, torch.no_grad():
         yield Job(stack.enter_context(Reader(src)), settings, stack, tick)
 
 
